@@ -1,0 +1,1 @@
+../../src/fxfuse/__main__.py

@@ -1,0 +1,1 @@
+../../src/fxfuse/errors.py

@@ -1,0 +1,1 @@
+"""Row maps and weight plans: what a rewrite does to parameters, as data."""

@@ -1,0 +1,1 @@
+"""Named operations: schema, reference, fake implementation and kernel, one file each."""

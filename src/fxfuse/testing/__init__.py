@@ -1,0 +1,1 @@
+"""Equivalence testing for graph rewrites."""
