@@ -1,10 +1,11 @@
 """The widths of the published Qwen3.5 text models, as keyword arguments of `Qwen3_5TextConfig`.
 
-Demonstrations, benchmarks and tests build models with random weights from this one table. The names are those of the
-published checkpoints; `small` has the widths of `0.8b` with 4 layers and a vocabulary of 8,192, so that it is built
-and compiled in seconds while every matrix product has its real shape.
+Demonstrations, benchmarks and tests build models with random weights from this one table. The names are
+those of the published checkpoints; `small` has the widths of `0.8b` with 4 layers and a vocabulary of 8,192,
+so that it is built and compiled in seconds while every matrix product has its real shape.
 """
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from fxfuse.errors import OptionError
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SIZES", "text_config"]
 
-# The same at every published size. Every fourth layer is full attention: the default `layer_types` of transformers.
+# The same at every published size. By transformers' default every fourth layer is full attention.
 _COMMON: dict[str, Any] = {
     "vocab_size": 248320,
     "max_position_embeddings": 262144,
@@ -77,7 +78,5 @@ def text_config(size: str, **overrides: Any) -> "Qwen3_5TextConfig":
 
     if size not in SIZES:
         raise OptionError(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
-    fields = {**SIZES[size], **overrides}
-    # The configuration keeps the object it is given, and callers edit rope_parameters.
-    fields["rope_parameters"] = dict(fields["rope_parameters"])
-    return Qwen3_5TextConfig(**fields)
+    # The configuration keeps the objects it is given, and callers edit rope_parameters.
+    return Qwen3_5TextConfig(**copy.deepcopy({**SIZES[size], **overrides}))
