@@ -1,0 +1,35 @@
+"""A plan's transforms for people: the layers that are treated alike, in one line."""
+
+import re
+from collections.abc import Iterable, Sequence
+
+from fxfuse.passes.weights.row_map import RowMap
+from fxfuse.passes.weights.tensor_spec import TensorSpec
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def describe_transforms(transforms: Iterable[tuple[TensorSpec, RowMap]]) -> list[str]:
+    """One line per kind of transform, such as `layers.{0-3}.mlp.gate_up_proj.weight [64, 8] <- ...`."""
+    kinds: dict[tuple[str, str], list[int]] = {}
+    for target, rows in transforms:
+        index = _INDEX.search(target.name)
+        own = f".{index[0]}." if index else None
+        line = [str(target), " <- ", str(rows)]
+        kind = [part.replace(own, ".{}.") if own else part for part in line]
+        kinds.setdefault((kind[0], "".join(kind[1:])), []).append(int(index[0]) if index else -1)
+    return [
+        target.replace("{}", f"{{{_ranges(sorted(layers))}}}") + rows.replace(".{}.", ".*.")
+        for (target, rows), layers in kinds.items()
+    ]
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """[0, 1, 2, 4] as "0-2,4"."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and runs[-1][-1] == number - 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
