@@ -14,6 +14,11 @@ def check_plan(sources: Sequence[TensorSpec], transforms: Sequence[tuple[TensorS
     faults += [
         f"{name}: filled by two transforms" for name in _repeated(target.name for target, _ in transforms)
     ]
+    faults += [
+        f"{spec.name}: shape {list(spec.shape)} has no elements; leave it out of the plan"
+        for spec in (*sources, *(target for target, _ in transforms))
+        if not spec.rows * spec.width
+    ]
     known = {source.name: source for source in sources}
     for target, rows in transforms:
         faults += _target_faults(target, rows, known)

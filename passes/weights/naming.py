@@ -12,7 +12,7 @@ def fused_name(names: Sequence[str]) -> str:
     `a.q_proj.weight, a.k_proj.weight, a.v_proj.weight` gives `a.q_k_v_proj.weight`: the last module names are
     split at "_", what all have in common at either end is written once, the rest is joined. Members of
     different modules stand under their longest common parent, dots turned into "_". The result has more
-    tokens than any member, so it is never a member's name. Raises PlanError unless there are two names or more,
+    tokens than any member, so it is never a member's name. Raises PlanError unless there are two or more,
     all different.
     """
     if len(names) < 2 or len(set(names)) != len(names) or not all(all(name.split(".")) for name in names):
@@ -29,6 +29,13 @@ def fused_name(names: Sequence[str]) -> str:
     end = _common_start([member[::-1] for member in tokens])[::-1]
     middles = [token for member in tokens for token in member[: len(member) - len(end)]]
     return ".".join([*parent, "_".join([*start, *middles, *end]), *([leaf] if shared_leaf else [])])
+
+
+def common_module(names: Sequence[str]) -> str:
+    """Dotted name of the innermost module that holds all the named parameters; "" is the model itself."""
+    modules = [name.split(".")[:-1] for name in names]
+    columns = takewhile(lambda column: len(set(column)) == 1, zip(*modules, strict=False))
+    return ".".join(column[0] for column in columns)
 
 
 def _common_start(members: Sequence[Sequence[str]]) -> list[str]:

@@ -111,7 +111,7 @@ class WeightPlan:
             )
             raise PlanError(
                 f"none of the plan's {len(plan.sources)} sources is among the {len(headers)} tensors given, "
-                f"first {plan.sources[0]}; its targets {state}: check whose tensors and which layout these are"
+                f"first {plan.sources[0]}; its targets {state}: check whose tensors these are"
             )
         used = {name for t in kept for name in t.rows.sources}
         sources = [source for source in plan.sources if source.name in used]

@@ -42,7 +42,7 @@ def dtype_name(dtype: object) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """Name, shape and dtype ("bfloat16", "float32", ...; None: as in the source) of a non-empty tensor."""
+    """Name, shape and dtype ("bfloat16", "float32", ...; None: as in the source) of a tensor."""
 
     name: str
     shape: tuple[int, ...]
@@ -51,9 +51,9 @@ class TensorSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(map(int, self.shape)))
         object.__setattr__(self, "dtype", dtype_name(self.dtype))
-        if not self.name or any(size < 1 for size in self.shape):
+        if not self.name or any(size < 0 for size in self.shape):
             raise PlanError(
-                f"{self.name!r} of shape {list(self.shape)}: a plan moves named tensors with elements"
+                f"{self.name!r} of shape {list(self.shape)}: a tensor has a name and no negative size"
             )
 
     @property
