@@ -1,0 +1,166 @@
+"""The `fxfuse` command. Each verb calls the function that does the work and prints what it returns.
+
+torch and transformers are imported by the verbs, not here: `fxfuse --help` answers at once.
+"""
+
+import subprocess
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from fxfuse.errors import FxfuseError, OptionError
+
+
+class _Commands(TyperGroup):
+    """Says what went wrong in one line, without a traceback, where fxfuse raised it on purpose."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except FxfuseError as error:
+            if ctx.params.get("debug"):
+                raise
+            typer.echo(f"fxfuse: {' '.join(str(error).split())}", err=True)
+            raise typer.Exit(2) from error
+
+
+class Size(StrEnum):
+    """Checkpoints with random weights that the demo can write."""
+
+    SMALL = "small"
+    B0_8 = "0.8b"
+    B2 = "2b"
+
+
+Checkpoint = Annotated[
+    Path, typer.Argument(help="Folder with config.json and *.safetensors.", show_default=False)
+]
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Rewrite the graphs of Hugging Face Qwen3.5-family models, and their weights to match. "
+    "Begin with [bold]fxfuse demo[/bold], which needs no checkpoint.",
+    rich_markup_mode="rich",
+    epilog="Exit codes: 0 as expected, 1 a result differs, 2 fxfuse cannot do what was asked.",
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"fxfuse {version('fxfuse')}")
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Options that stand before the verb."""
+
+
+@app.command()
+def inspect(checkpoint: Checkpoint) -> None:
+    """List what a checkpoint holds and which of its tensors fxfuse merges. Reads headers, no weights."""
+    from fxfuse.runtime.headers import read_headers
+    from fxfuse.runtime.plan import plan
+
+    headers = read_headers(checkpoint)
+    parts: dict[tuple[str, str], list[int]] = {}
+    for name, spec in headers.items():
+        # model.language_model.layers.0... belongs to model.language_model, mtp.fc.weight to mtp
+        part = ".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0]
+        parts.setdefault((part, spec.dtype or "?"), []).append(spec.rows * spec.width)
+    typer.echo(f"{checkpoint}: {len(headers)} tensors")
+    for (part, dtype), sizes in parts.items():
+        typer.echo(f"  {part:<28} {dtype:<10} {len(sizes):>5} tensors {sum(sizes):>16,} values")
+    typer.echo(str(plan(checkpoint)))
+
+
+@app.command()
+def explain(checkpoint: Checkpoint) -> None:
+    """Say what the passes would match in a checkpoint's model, and why the rest is left alone."""
+    import fxfuse
+    from fxfuse.runtime.demo import load
+
+    typer.echo(str(fxfuse.explain(load(checkpoint, "auto"))))
+
+
+@app.command()
+def convert(
+    source: Checkpoint,
+    destination: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+) -> None:
+    """Write a checkpoint in another layout. Not in this version."""
+    _not_in_this_version("convert")
+
+
+@app.command()
+def verify(checkpoint: Checkpoint) -> None:
+    """Compare an optimised model with the original one. Not in this version."""
+    _not_in_this_version("verify")
+
+
+@app.command()
+def demo(
+    checkpoint: Annotated[
+        str | None,
+        typer.Argument(
+            help="Folder of a checkpoint. Without one, random weights are written to a cache, once."
+        ),
+    ] = None,
+    size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = Size.SMALL,
+    tokens: Annotated[int, typer.Option(min=2, help="How many tokens to generate.")] = 64,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where the random checkpoint is kept.", envvar="FXFUSE_CACHE")
+    ] = None,
+    json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
+) -> None:
+    """Run the main job on real input and judge it: equality, error, speed. Exits with 1 if any differ."""
+    from fxfuse.runtime.demo import run
+
+    result = run(checkpoint, size=size.value, tokens=tokens, cache=cache)
+    if json is not None:
+        json.write_text(result.to_json() + "\n")
+    raise typer.Exit(1 if result.differences else 0)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(
+    ctx: typer.Context,
+    name: Annotated[
+        str | None, typer.Argument(help="Benchmark to run; without one, they are listed.")
+    ] = None,
+) -> None:
+    """Run a benchmark of the source checkout; what follows its name is passed on to it."""
+    folder = Path(__file__).parents[2] / "bench"
+    if not (folder.parent / "pyproject.toml").is_file():
+        raise OptionError("benchmarks are not installed with the package: run this from a source checkout")
+    known = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    if name is None:
+        typer.echo("\n".join(known) if known else f"no benchmarks in {folder} yet")
+    elif name not in known:
+        raise OptionError(
+            f"unknown benchmark {name!r}: choose one of {', '.join(known) or '(there are none yet)'}"
+        )
+    else:
+        raise typer.Exit(subprocess.call([sys.executable, str(folder / f"{name}.py"), *ctx.args]))
+
+
+def _not_in_this_version(verb: str) -> NoReturn:
+    raise OptionError(f"`fxfuse {verb}` is not in this version")

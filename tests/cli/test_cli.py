@@ -1,0 +1,121 @@
+"""The command: what a person reads, which exit code a script gets, and that help does not load torch."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from fxfuse import cli
+from fxfuse.errors import CheckpointError
+
+VERBS = ["inspect", "explain", "convert", "verify", "demo", "bench"]
+
+
+def run(*arguments: str) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, list(arguments))
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_help_names_every_verb() -> None:
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(verb in out for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_has_help(verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+def test_no_arguments_print_the_help() -> None:
+    _, out, err = run()
+    assert "Usage" in out + err
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    import fxfuse
+
+    assert run("--version")[1].split() == ["fxfuse", fxfuse.__version__]
+
+
+def test_help_imports_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys; from fxfuse.cli import app\n"
+        "try: app(['--help'])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stderr.strip() == "[]"
+
+
+def test_the_module_runs_as_the_command() -> None:
+    result = subprocess.run([sys.executable, "-m", "fxfuse", "--version"], capture_output=True, text=True)
+    assert result.returncode == 0
+    assert result.stdout.startswith("fxfuse ")
+
+
+def test_an_fxfuse_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
+    code, out, err = run("inspect", str(tmp_path / "nothing"))
+    assert code == 2
+    assert out == ""
+    assert err.startswith("fxfuse: ")
+    assert err.count("\n") == 1
+    assert "nothing" in err
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    result = CliRunner().invoke(cli.app, ["--debug", "inspect", str(tmp_path / "nothing")])
+    assert isinstance(result.exception, CheckpointError)
+
+
+@pytest.mark.parametrize("arguments", [["convert", "a", "b"], ["verify", "a"]])
+def test_a_verb_that_is_not_there_yet_says_so(arguments: list[str]) -> None:
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert "not in this version" in err
+
+
+def test_an_unknown_option_and_an_unknown_size_are_errors() -> None:
+    assert run("demo", "--no-such-option")[0] == 2
+    code, _, err = run("demo", "--size", "7t")
+    assert code == 2
+    assert "0.8b" in err
+
+
+class TestBench:
+    @pytest.fixture
+    def checkout(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        (tmp_path / "bench").mkdir()
+        (tmp_path / "pyproject.toml").touch()
+        monkeypatch.setattr(cli, "__file__", str(tmp_path / "src" / "fxfuse" / "cli.py"))
+        return tmp_path
+
+    def test_the_rest_of_the_arguments_and_the_exit_code_pass_through(self, checkout: Path) -> None:
+        out = checkout / "out"
+        script = f"import sys; open({str(out)!r}, 'w').write(' '.join(sys.argv[1:])); sys.exit(3)"
+        (checkout / "bench" / "speed.py").write_text(script)
+        assert run("bench", "speed", "--size", "small", "x")[0] == 3
+        assert out.read_text() == "--size small x"
+
+    def test_without_a_name_they_are_listed(self, checkout: Path) -> None:
+        for name in ("speed", "memory", "_shared"):
+            (checkout / "bench" / f"{name}.py").touch()
+        assert run("bench")[1].split() == ["memory", "speed"]
+
+    def test_an_unknown_name_lists_the_known_ones(self, checkout: Path) -> None:
+        (checkout / "bench" / "speed.py").touch()
+        code, _, err = run("bench", "sped")
+        assert code == 2
+        assert "speed" in err
+
+    def test_an_installed_package_says_that_it_has_none(self, checkout: Path) -> None:
+        (checkout / "pyproject.toml").unlink()
+        code, _, err = run("bench", "speed")
+        assert code == 2
+        assert "checkout" in err
