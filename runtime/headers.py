@@ -55,9 +55,9 @@ def read_headers(directory: Path) -> dict[str, TensorSpec]:
 
 
 def _read_file(file: Path) -> list[TensorSpec]:
-    if not file.is_file():
-        raise CheckpointError(f"{file}: missing, or a link to nothing; fetch it again")
     try:
+        if not file.is_file():
+            raise CheckpointError(f"{file}: missing, or a link to nothing; fetch it again")
         with safe_open(file, framework="pt") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return [TensorSpec(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
@@ -67,9 +67,15 @@ def _read_file(file: Path) -> list[TensorSpec]:
 
 def _weight_map(index: Path) -> Mapping[str, str]:
     weight_map = _read_object(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+    if (
+        not weight_map
+        or not isinstance(weight_map, dict)
+        or not all(isinstance(name, str) for name in weight_map.values())
+    ):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files; rebuild the index")
-    outside = next((name for name in weight_map.values() if PurePath(name).name != name), None)
+    outside = next(
+        (name for name in weight_map.values() if PurePath(name).name != name or name in {"", ".."}), None
+    )
     if outside is not None:
         raise CheckpointError(f"{index}: names {outside!r}; the files of a checkpoint lie beside its index")
     return weight_map

@@ -1,0 +1,36 @@
+"""The family tables against the installed transformers."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+from transformers import CONFIG_MAPPING
+
+from fxfuse.errors import UnsupportedModelError
+from fxfuse.runtime.families import FAMILIES, LEAF_FUNCTIONS, family_of, known_model_types
+
+
+def test_every_model_type_exists_and_leads_to_its_family() -> None:
+    assert len(set(known_model_types())) == len(known_model_types()) == 5
+    for family in FAMILIES:
+        assert all(family_of(model_type) is family for model_type in family.model_types)
+    assert all(model_type in CONFIG_MAPPING for model_type in known_model_types())
+
+
+def test_the_leaf_functions_exist() -> None:
+    assert len(LEAF_FUNCTIONS) == 2 * len(FAMILIES)
+    for module, function in LEAF_FUNCTIONS:
+        assert callable(getattr(importlib.import_module(module), function))
+
+
+@pytest.mark.parametrize("model_type", ["llama", "", None, 3, ["qwen3_5"]])
+def test_an_unknown_model_type_is_refused_with_the_known_ones(model_type: object) -> None:
+    with pytest.raises(UnsupportedModelError) as caught:
+        family_of(model_type)
+    assert all(known in str(caught.value) for known in known_model_types())
+
+
+def test_the_tables_need_no_torch() -> None:
+    program = "import sys, fxfuse.runtime.families; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -1,0 +1,376 @@
+"""`plan` against the linears that a real forward calls, against torch.cat, and on checkpoints."""
+
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    Qwen3_5Config,
+    Qwen3_5ForCausalLM,
+    Qwen3_5ForConditionalGeneration,
+    Qwen3_5MoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+
+from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
+from fxfuse.passes.weights import WeightPlan
+from fxfuse.runtime.plan import plan
+from fxfuse.runtime.shapes import text_config
+
+NARROW = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "vocab_size": 32,
+}
+SPARSE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "dense": Qwen3_5TextConfig(**NARROW, intermediate_size=24),
+    "dense with biases": Qwen3_5TextConfig(**NARROW, intermediate_size=24, attention_bias=True),
+    "moe": Qwen3_5MoeTextConfig(**NARROW, **SPARSE),
+    "next": Qwen3NextConfig(**NARROW, **SPARSE, intermediate_size=24, mlp_only_layers=[1]),
+}
+
+
+def narrow_model(kind: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+
+
+class LinearCalls(TorchFunctionMode):
+    """Inputs and parameters of every F.linear, in order; inputs are held, so that no address comes twice."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.nn.functional.linear:
+            self.calls.append((args[0], args[1], args[2] if len(args) > 2 else None))
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def merges_seen_in_forward(model: PreTrainedModel) -> set[tuple[str, ...]]:
+    """Names of the parameters of the linears that read the same memory, in order of the calls."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    with LinearCalls() as seen:
+        model(torch.arange(5)[None], use_cache=False)
+    by_input: dict[int, list[tuple[torch.Tensor, torch.Tensor | None]]] = {}
+    for x, weight, bias in seen.calls:
+        by_input.setdefault(x.data_ptr(), []).append((weight, bias))
+    merges = set()
+    for group in by_input.values():
+        weights, biases = zip(*group, strict=True)
+        if len(weights) > 1:
+            merges.add(tuple(names[id(w)] for w in weights))
+            if all(b is not None for b in biases):
+                merges.add(tuple(names[id(b)] for b in biases))
+    return merges
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_groups_are_the_linears_that_read_one_input_in_the_order_of_their_calls(kind: str) -> None:
+    model = narrow_model(kind)
+    merges = merges_seen_in_forward(model)
+    assert {t.rows.sources for t in plan(model).transforms} == merges
+    assert len(merges) == {"dense": 8, "dense with biases": 9, "moe": 8, "next": 8}[kind]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_fused_weights_are_the_members_stacked(kind: str) -> None:
+    model = narrow_model(kind).to(torch.bfloat16)
+    weights = model.state_dict()
+    planned = plan(model)
+    fused = planned.apply(weights)
+    for transform in planned.transforms:
+        expected = torch.cat([weights[name] for name in transform.rows.sources])
+        assert torch.equal(fused[transform.target.name], expected)
+    back = planned.inverse().apply(fused)
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+
+
+def test_0_8b_has_the_groups_and_widths_of_the_published_model() -> None:
+    with torch.device("meta"):
+        model = Qwen3_5ForCausalLM(text_config("0.8b")).to(torch.bfloat16)
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for target in plan(model).targets:
+        assert target.dtype == "bfloat16"
+        shapes.setdefault(target.name.split(".", 3)[3], []).append(target.shape)
+    assert shapes == {
+        "linear_attn.in_proj_qkv_z_b_a.weight": [(8224, 1024)] * 18,
+        "self_attn.q_k_v_proj.weight": [(5120, 1024)] * 6,
+        "mlp.gate_up_proj.weight": [(7168, 1024)] * 24,
+    }
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_a_config_gives_the_template_of_its_model(kind: str) -> None:
+    template, model = plan(CONFIGS[kind]), narrow_model(kind)
+    assert {spec.dtype for spec in (*template.sources, *template.targets)} == {None}
+    assert template.bind(model.state_dict()).digest == plan(model).digest
+
+
+def test_a_composite_config_gives_the_names_of_its_files() -> None:
+    config = Qwen3_5Config(text_config=CONFIGS["dense"].to_dict())
+    with torch.device("meta"):
+        model = Qwen3_5ForConditionalGeneration(config)
+    from_model = plan(model)
+    assert plan(config).bind(model.state_dict()).digest == from_model.digest
+    assert all(source.name.startswith("model.language_model.layers.") for source in from_model.sources)
+    # and onto the text model, which has them elsewhere
+    text = narrow_model("dense")
+    assert plan(config).bind(text.state_dict()).digest == plan(text).digest
+
+
+def test_a_large_mixture_of_experts_is_planned_quickly_and_without_weights() -> None:
+    start = time.perf_counter()
+    planned = plan(Qwen3_5MoeConfig())
+    assert time.perf_counter() - start < 10  # 35 billion random numbers would take minutes
+    assert len(planned) == 80
+    assert planned.targets[1].shape == (2 * 512 + 256 + 1, 2048)
+
+
+def test_hf_changes_nothing() -> None:
+    assert plan(CONFIGS["dense"], "hf") == WeightPlan()
+
+
+def test_digest_does_not_depend_on_where_the_names_come_from(tmp_path: Path) -> None:
+    model = narrow_model("moe")
+    checkpoint(tmp_path, model.state_dict(), CONFIGS["moe"])
+    assert plan(tmp_path).digest == plan(str(tmp_path)).digest == plan(model).digest
+
+
+# --- groups that cannot be merged
+
+
+def test_a_group_of_two_dtypes_stays_as_it_is() -> None:
+    model = narrow_model("dense")
+    model.model.layers[0].linear_attn.in_proj_b.half()
+    targets = {target.name for target in plan(model).targets}
+    assert len(targets) == 7
+    assert "model.layers.0.linear_attn.in_proj_qkv_z_b_a.weight" not in targets
+
+
+def test_a_group_with_a_bias_on_one_member_stays_as_it_is() -> None:
+    model = narrow_model("dense")
+    model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(24))
+    assert "model.layers.1.mlp.gate_up_proj.weight" not in {target.name for target in plan(model).targets}
+    assert len(plan(model)) == 7
+
+
+def test_an_incomplete_group_is_refused(tmp_path: Path) -> None:
+    weights = narrow_model("dense").state_dict()
+    del weights["model.layers.2.linear_attn.in_proj_a.weight"]
+    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    with pytest.raises(PlanError, match=r"^model\.layers\.2\.linear_attn\.in_proj_a\.weight: missing"):
+        plan(tmp_path)
+
+
+def test_members_of_different_widths_are_refused(tmp_path: Path) -> None:
+    weights = narrow_model("dense").state_dict()
+    weights["model.layers.0.mlp.up_proj.weight"] = torch.randn(24, 15)
+    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    with pytest.raises(PlanError, match=r"cannot hold those of model\.layers\.0\.mlp\.up_proj\.weight"):
+        plan(tmp_path)
+
+
+def test_a_fused_checkpoint_is_not_planned_again(tmp_path: Path) -> None:
+    model = narrow_model("dense")
+    checkpoint(tmp_path, plan(model).apply(model.state_dict()), CONFIGS["dense"])
+    with pytest.raises(PlanError, match="in another layout already"):
+        plan(tmp_path)
+
+
+# --- what is asked wrongly
+
+
+def test_unknown_names_are_refused_with_the_known_ones() -> None:
+    with pytest.raises(PlanError, match="layout 'sideways' is not known; known are: hf, fused"):
+        plan(CONFIGS["dense"], "sideways")
+    with pytest.raises(PlanError, match="no tensor-parallel form"):
+        plan(CONFIGS["dense"], tp=(0, 2))
+    with pytest.raises(
+        UnsupportedModelError, match=r"model_type 'llama'; known are: qwen3_5_text, qwen3_5, "
+    ):
+        plan(LlamaConfig())
+    with pytest.raises(UnsupportedModelError, match="model_type None"):
+        plan(torch.nn.Linear(2, 2))
+    with pytest.raises(UnsupportedModelError, match="no plan for a int"):
+        plan(3)  # type: ignore[arg-type]
+
+
+def test_quantised_weights_are_refused_by_format(tmp_path: Path) -> None:
+    config = CONFIGS["dense"].to_dict() | {"quantization_config": {"quant_method": "fp8"}}
+    checkpoint(tmp_path, narrow_model("dense").state_dict(), config)
+    with pytest.raises(PlanError, match="quantised with fp8"):
+        plan(tmp_path)
+    with pytest.raises(PlanError, match="quantised with fp8"):
+        plan(Qwen3_5TextConfig(**NARROW, quantization_config={"quant_method": "fp8"}))
+
+
+# --- checkpoints
+
+
+def checkpoint(
+    directory: Path,
+    weights: dict[str, torch.Tensor],
+    config: PretrainedConfig | dict[str, object],
+    shards: int = 1,
+) -> None:
+    """A checkpoint directory; with several shards an index goes with it."""
+    fields = config if isinstance(config, dict) else config.to_dict()
+    (directory / "config.json").write_text(json.dumps(fields, default=str))
+    own = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights are saved once each
+    if shards == 1:
+        save_file(own, directory / "model.safetensors")
+        return
+    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(own)}
+    for file in set(files.values()):
+        save_file({name: tensor for name, tensor in own.items() if files[name] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    checkpoint(tmp_path, narrow_model("dense").state_dict(), CONFIGS["dense"], shards=3)
+    return tmp_path
+
+
+def test_shards_with_an_index_give_the_plan_of_one_file(
+    sharded: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    one = tmp_path_factory.mktemp("one")
+    checkpoint(one, narrow_model("dense").state_dict(), CONFIGS["dense"])
+    assert plan(sharded) == plan(one)
+    assert len(plan(one)) == 8
+
+
+def test_an_official_checkpoint_keeps_its_dtypes_and_other_parts(tmp_path: Path) -> None:
+    text = narrow_model("dense").to(torch.bfloat16).state_dict()
+    weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
+    weights |= {f"mtp.layers.0.mlp.{n}_proj.weight": torch.randn(24, 16) for n in ("gate", "up")}
+    config = Qwen3_5Config(text_config=CONFIGS["dense"].to_dict())
+    checkpoint(tmp_path, weights, config)
+    planned = plan(tmp_path)
+    assert len(planned) == 8
+    assert {source.dtype for source in planned.sources} == {"bfloat16"}
+    assert not any("mtp" in source.name for source in planned.sources)
+    assert plan(config).bind(weights).digest == planned.digest
+
+
+def test_no_weight_is_read(tmp_path: Path) -> None:
+    """Two tensors of 32 GiB in a file of holes: their bytes would not fit in memory."""
+    rows, width = 2**20, 2**14
+    names = [f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up")]
+    size = rows * width * 2
+    header = json.dumps(
+        {
+            name: {"dtype": "BF16", "shape": [rows, width], "data_offsets": [i * size, (i + 1) * size]}
+            for i, name in enumerate(names)
+        }
+    ).encode()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(file, 8 + len(header) + 2 * size)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_5_text"}')
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (target,) = plan(tmp_path).targets
+    assert (target.shape, target.dtype) == ((2 * rows, width), "bfloat16")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB
+
+
+def test_missing_files_are_named(sharded: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"nowhere: not a directory"):
+        plan(sharded / "nowhere")
+    (sharded / "model-1.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: missing"):
+        plan(sharded)
+    (sharded / "model-1.safetensors").symlink_to(sharded / "nowhere")
+    with pytest.raises(CheckpointError, match=r"model-1\.safetensors: missing, or a link to nothing"):
+        plan(sharded)
+    (sharded / "config.json").unlink()
+    with pytest.raises(CheckpointError, match=r"config\.json: missing"):
+        plan(sharded)
+
+
+def test_a_directory_without_weights_is_refused(sharded: Path) -> None:
+    for file in (*sharded.glob("*.safetensors"), sharded / "model.safetensors.index.json"):
+        file.unlink()
+    with pytest.raises(CheckpointError, match=r"and no \*\.safetensors file"):
+        plan(sharded)
+    (sharded / "model.safetensors.index.json").symlink_to(sharded / "nowhere")
+    with pytest.raises(CheckpointError, match=r"index\.json: missing, or a link to nothing"):
+        plan(sharded)
+
+
+def test_damaged_files_are_named(sharded: Path) -> None:
+    file = sharded / "model-2.safetensors"
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:-1], whole[:40], b"\xff" * 8 + whole[8:], whole[:8] + b"}" + whole[9:]):
+        file.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=r"model-2\.safetensors: not a readable safetensors file"):
+            plan(sharded)
+    file.write_bytes(whole)
+    plan(sharded)
+    for text in ("", "[]", "{", "[" * 100_000):
+        (sharded / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=r"config\.json: "):
+            plan(sharded)
+
+
+def test_an_index_that_disagrees_with_the_files_is_refused(sharded: Path) -> None:
+    index = sharded / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    name = next(iter(weight_map))
+
+    def refused(changed: object, match: str) -> None:
+        index.write_text(json.dumps({"weight_map": changed}))
+        with pytest.raises(CheckpointError, match=match):
+            plan(sharded)
+
+    refused(
+        weight_map | {"new.weight": "model-0.safetensors"}, "places new.weight in .* but it is in no file"
+    )
+    refused(weight_map | {name: "model-1.safetensors"}, r"but it is in model-0\.safetensors")
+    refused({}, "has no weight_map")
+    refused([name], "has no weight_map")
+    refused({name: 3}, "has no weight_map")
+    refused({name: "x" * 1000}, "not a readable safetensors file")
+    for outside in (
+        "../model-0.safetensors",
+        str(sharded / "model-0.safetensors"),
+        "a/b.safetensors",
+        "",
+        "..",
+    ):
+        refused(weight_map | {name: outside}, "the files of a checkpoint lie beside its index")
+
+
+def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    save_file({"model.norm.weight": torch.zeros(16)}, sharded / "more.safetensors")
+    with pytest.raises(CheckpointError, match=r"more\.safetensors: model\.norm\.weight is in model-\d"):
+        plan(sharded)
