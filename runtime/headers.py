@@ -58,7 +58,8 @@ def _read_file(file: Path) -> list[TensorSpec]:
     try:
         if not file.is_file():
             raise CheckpointError(f"{file}: missing, or a link to nothing; fetch it again")
-        with safe_open(file, framework="pt") as opened:
+        # framework="pt" maps the file writable, which a system short of memory refuses for a large one
+        with safe_open(file, framework="np") as opened:
             slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
             return [TensorSpec(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
     except (SafetensorError, OSError) as error:
