@@ -115,8 +115,9 @@ class Limits:
 
 def limits(dtypes: Sequence[torch.dtype], device: str = "cpu") -> Limits:
     """Measure the limits that results are compared with; some seconds."""
-    return Limits(read_bandwidth(device), {_dtype_name(dtype): matmul_rate(dtype, device) for dtype in
-    dtypes})
+    return Limits(
+        read_bandwidth(device), {_dtype_name(dtype): matmul_rate(dtype, device) for dtype in dtypes}
+    )
 
 
 def read_bandwidth(device: str = "cpu", size: int | None = None, repeats: int = 7) -> float:
@@ -358,7 +359,7 @@ def against_fastest(result: Result) -> Ratio:
 
 
 @dataclass(frozen=True)
-class Report:
+class BenchReport:
     """All results of one run of one benchmark, with what is needed to judge and repeat it."""
 
     claim: str
@@ -372,7 +373,7 @@ class Report:
         return json.dumps(asdict(self), indent=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
+    def from_json(cls, text: str) -> "BenchReport":
         """The report that `to_json` wrote.
 
         Raises:
@@ -380,8 +381,7 @@ class Report:
         """
         data = json.loads(text)
         if data.get("schema") != SCHEMA:
-            raise OptionError(f"benchmark results of schema {data.get('schema')}, this harness reads
-            {SCHEMA}")
+            raise OptionError(f"results of schema {data.get('schema')}: this harness reads schema {SCHEMA}")
         results = tuple(
             Result(
                 **{
@@ -411,8 +411,8 @@ class Report:
             if row.fused_expected and row.ratios:
                 best = against_fastest(row)
                 console.print(
-                    f"{row.case}: {row.peer} is {best.of_medians:.2f}x as fast as {best.against}, the
-                    fastest " f"baseline (single pairs {best.lowest:.2f} to {best.highest:.2f})"
+                    f"{row.case}: {row.peer} is {best.of_medians:.2f}x as fast as {best.against}, "
+                    f"the fastest baseline (single pairs {best.lowest:.2f} to {best.highest:.2f})"
                 )
 
 
@@ -460,7 +460,7 @@ def _percent(value: float | None) -> str:
     return "" if value is None else f"{value:.0%}"
 
 
-def plot(report: Report, path: str | Path) -> None:
+def plot(report: BenchReport, path: str | Path) -> None:
     """Write a bar for each result (median; whiskers from the fastest to the slowest sample), one panel per
     case.
 
@@ -479,7 +479,8 @@ def plot(report: Report, path: str | Path) -> None:
         above = [max(row.samples) * 1e3 - height for height, row in zip(heights, rows, strict=True)]
         axes.bar([row.peer for row in rows], heights, yerr=[below, above], capsize=4)
         axes.set(title=name, ylabel=f"ms per {rows[0].unit}")
-    figure.suptitle(f"{report.claim}; {report.machine.accelerator or report.machine.cpu}", fontsize="medium")
+    where = report.machine.accelerator or report.machine.cpu
+    figure.suptitle(f"{report.claim}; {where}", fontsize="medium")
     figure.savefig(path)
 
 
@@ -531,7 +532,7 @@ def run(
     for case in cases(options):
         results += measure(case, limit, rounds=options.rounds, warmup=options.warmup)
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
-    report = Report(claim, where, limit, settings, tuple(results))
+    report = BenchReport(claim, where, limit, settings, tuple(results))
     report.print()
     if options.json:
         options.json.write_text(report.to_json())
