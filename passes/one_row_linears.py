@@ -1,0 +1,65 @@
+"""A linear over one row is a matrix-vector product: a reduction that Inductor vectorises and runs at memory speed.
+
+    Before: y = linear(x, W)                        x: one row
+    After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
+"""
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.passes.outcome import Match, Outcome
+from fxfuse.passes.program import Program, common_module, module_path
+from fxfuse.passes.same_input_linears import bias_of, weight_of
+from fxfuse.patterns import ops
+
+RULE = "one_row_linears"
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def has_one_row(linear: Node) -> bool:
+    rows = linear.args[0].meta["val"].shape[:-1]  # type: ignore[union-attr]
+    return all(statically_known_true(size == 1) for size in rows)
+
+
+def runs_on_cpu(linear: Node) -> bool:
+    value = weight_of(linear).meta["val"]
+    return value.device.type == "cpu" and value.dtype in DTYPES
+
+
+def is_inference(program: Program, linear: Node) -> bool:
+    """Autograd would keep the products, which are as large as the weight."""
+    return not program.grad_enabled
+
+
+def _replace(program: Program, linear: Node) -> None:
+    aten, graph = torch.ops.aten, program.graph
+    x, weight, bias = linear.args[0], weight_of(linear), bias_of(linear)
+    value = linear.meta["val"]
+    with graph.inserting_before(linear):
+        row = graph.call_function(aten.reshape.default, (x, [-1]))
+        wide = [graph.call_function(aten.to.dtype, (n, torch.float32)) for n in (weight, row)]
+        product = graph.call_function(aten.mul.Tensor, tuple(wide))
+        y = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
+        if bias is not None:
+            y = graph.call_function(aten.add.Tensor, (y, bias))
+        y = graph.call_function(aten.to.dtype, (y, value.dtype))
+        leading = [1] * (value.dim() - 1)
+        y = graph.call_function(aten.reshape.default, (y, [*leading, weight.meta["val"].shape[0]]))
+    for node in linear.users:
+        node.meta.setdefault("nn_module_stack", {})
+    linear.replace_all_uses_with(y)
+    graph.erase_node(linear)
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite every linear over one row on a CPU; linears over more rows are no candidates."""
+    outcome = Outcome()
+    for linear in program.calls(ops.LINEAR):
+        if not (has_one_row(linear) and runs_on_cpu(linear) and is_inference(program, linear)):
+            continue
+        weight = program.weights.get(weight_of(linear).name)
+        where = weight.name if weight is not None else module_path(linear)
+        _replace(program, linear)
+        outcome.matches.append(Match(RULE, where, (where,), "1 linear → 1 reduction"))
+    return outcome

@@ -1,0 +1,74 @@
+"""The passes, in order, each of them all or nothing."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fxfuse.errors import OptionError
+from fxfuse.passes import one_row_linears, same_input_linears
+from fxfuse.passes.normalise import normalise
+from fxfuse.passes.outcome import Miss, Outcome
+from fxfuse.passes.program import Program
+
+log = logging.getLogger("fxfuse")
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A rewrite by name: `run` changes the program it is given and says what it did.
+
+    A pass that is `for_inductor` writes what a compiler turns into fast code and an interpreter into slow code.
+    """
+
+    name: str
+    run: Callable[[Program], Outcome]
+    for_inductor: bool = False
+
+
+PASSES: tuple[Pass, ...] = (
+    Pass("same_input_linears", same_input_linears.run),
+    Pass("one_row_linears", one_row_linears.run, for_inductor=True),
+)
+
+
+def selected(names: str | Sequence[str], inner: str) -> tuple[Pass, ...]:
+    """The passes of that name in the pipeline's order; "default" is all that suit the inner backend.
+
+    Raises OptionError, with the known names, for a name that no pass has.
+    """
+    if names == "default":
+        return tuple(p for p in PASSES if inner == "inductor" or not p.for_inductor)
+    wanted = [names] if isinstance(names, str) else list(names)
+    known = {p.name: p for p in PASSES}
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise OptionError(f"unknown pass {unknown[0]!r}: known are 'default', {', '.join(map(repr, known))}")
+    return tuple(p for p in PASSES if p.name in wanted)
+
+
+def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, Outcome]]:
+    """Normalise and run the passes; the program given stays as it is.
+
+    A pass that raises, or leaves a graph that does not hold together, is undone and reported as a miss.
+    """
+    program = program.copy()
+    normalise(program)
+    program.refresh()
+    outcomes: dict[str, Outcome] = {}
+    for each in passes:
+        attempt = program.copy()
+        try:
+            outcome = each.run(attempt)
+            if outcome.matches:
+                attempt.graph.lint()
+                attempt.refresh()
+        except Exception as error:
+            log.warning("pass %s was undone: %s: %s", each.name, type(error).__name__, error)
+            reason = f"the pass failed and was undone: {type(error).__name__}: {error}"
+            outcomes[each.name] = Outcome(misses=[Miss(each.name, "", "", reason)])
+            continue
+        outcomes[each.name] = outcome
+        if outcome.matches:
+            program = attempt
+    program.graph_module.recompile()
+    return program, outcomes

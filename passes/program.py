@@ -1,0 +1,167 @@
+"""The thing that passes rewrite: a graph in normal form, its weights, and the fused weights it has gained."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from fxfuse.passes.weights.naming import fused_name
+from fxfuse.passes.weights.plan import TensorSpec, Transform, WeightPlan
+from fxfuse.passes.weights.row_map import RowMap
+from fxfuse.passes.weights.tensor_spec import dtype_name
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A parameter as the graph sees it: a placeholder with a name in the state dict.
+
+    `refusal` says why its memory may not be rearranged, None where it may.
+    """
+
+    name: str
+    trainable: bool = False
+    refusal: str | None = None
+
+
+@dataclass(frozen=True)
+class FusedWeight:
+    """A placeholder that a pass has added, filled from the placeholders `members` by `transform`."""
+
+    placeholder: str
+    members: tuple[str, ...]
+    transform: Transform
+    shares_memory: bool
+
+
+@dataclass
+class Program:
+    """A graph whose inputs are all placeholders; `weights` names those that are parameters, by placeholder."""
+
+    graph_module: GraphModule
+    weights: dict[str, Weight]
+    fake_mode: Any = None
+    grad_enabled: bool = False
+    copy_weights: bool = False
+    fused: list[FusedWeight] = field(default_factory=list)
+
+    @property
+    def graph(self) -> torch.fx.Graph:
+        return self.graph_module.graph
+
+    def copy(self) -> Program:
+        """An independent graph over the same weights; the metas' values are shared."""
+        graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph))
+        graph_module.meta.update(self.graph_module.meta)
+        for new, old in zip(graph_module.graph.nodes, self.graph.nodes, strict=True):
+            new.meta = dict(old.meta)
+            if hasattr(old, "_dynamo_source"):
+                new._dynamo_source = old._dynamo_source
+        return Program(
+            graph_module, self.weights, self.fake_mode, self.grad_enabled, self.copy_weights, list(self.fused)
+        )
+
+    def placeholders(self) -> list[Node]:
+        return [node for node in self.graph.nodes if node.op == "placeholder"]
+
+    def calls(self, *targets: str) -> list[Node]:
+        """Call nodes whose operator has one of these names, in order."""
+        return [n for n in self.graph.nodes if n.op == "call_function" and str(n.target) in targets]
+
+    def add_fused_weight(self, transform: Transform, members: Iterable[Node], shares_memory: bool) -> Node:
+        """A new last placeholder for the transform's target; the caller of the graph fills it."""
+        members = tuple(members)
+        last = self.placeholders()[-1]
+        spec = transform.target
+        with self.graph.inserting_after(last):
+            node = self.graph.placeholder("fused_" + spec.name.replace(".", "_"))
+        first = members[0].meta["val"]
+        node.meta["val"] = _empty_like(first, spec.shape, self.fake_mode)
+        node._dynamo_source = None  # type: ignore[attr-defined]
+        node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+        self.fused.append(FusedWeight(node.name, tuple(m.name for m in members), transform, shares_memory))
+        return node
+
+    def stack(self, parameters: Sequence[Node]) -> Node:
+        """The placeholder of these parameters stacked by rows, in order; one placeholder for one such stack."""
+        members = tuple(p.name for p in parameters)
+        for fused in self.fused:
+            if fused.members == members:
+                return next(n for n in self.placeholders() if n.name == fused.placeholder)
+        names = [self.weights[name].name for name in members]
+        values = [p.meta["val"] for p in parameters]
+        rows = [value.shape[0] for value in values]
+        spec = TensorSpec(fused_name(names), (sum(rows), *values[0].shape[1:]), dtype_name(values[0].dtype))
+        transform = Transform(spec, RowMap.concat(zip(names, rows, strict=True)))
+        return self.add_fused_weight(transform, parameters, shares_memory=True)
+
+    def fused_elsewhere(self, parameters: Sequence[Node]) -> str | None:
+        """The name of a parameter that another fused weight has claimed; memory can be laid out one way only."""
+        names = tuple(p.name for p in parameters)
+        for fused in self.fused:
+            common = set(fused.members) & set(names)
+            if common and fused.members != names:
+                return self.weights[min(common)].name
+        return None
+
+    def plan(self) -> WeightPlan:
+        """The weight transforms of everything fused so far, as one plan over the names in the state dict."""
+        by_name = {node.name: node.meta["val"] for node in self.placeholders()}
+        sources = [
+            TensorSpec(self.weights[m].name, tuple(by_name[m].shape), dtype_name(by_name[m].dtype))
+            for fused in self.fused
+            for m in fused.members
+        ]
+        return WeightPlan(tuple(dict.fromkeys(sources)), tuple(f.transform for f in self.fused))
+
+    def refresh(self) -> None:
+        """Recompute `meta["val"]` of new nodes and of everything whose inputs changed shape, stride or memory."""
+        changed: set[Node] = set()
+        with self.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
+            for node in self.graph.nodes:
+                if node.op != "call_function":
+                    continue
+                if "val" in node.meta and changed.isdisjoint(node.all_input_nodes):
+                    continue
+                args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+                value = node.target(*args, **kwargs)
+                if _signature(value) != _signature(node.meta.get("val")):
+                    changed.add(node)
+                node.meta["val"] = value
+
+
+def common_module(names: Sequence[str]) -> str:
+    """The longest dotted path that these parameter names share."""
+    columns = zip(*(name.split(".") for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda c: len(set(c)) == 1, columns))
+
+
+def module_path(node: Node) -> str:
+    """Dotted path of the module that a node was traced in; empty where Dynamo left none."""
+    stack = node.meta.get("nn_module_stack") or {}
+    path = next(reversed(stack.values()))[0] if stack else ""
+    return ".".join(re.findall(r"\w+", path.replace("L['self']", "").replace("_modules", ""))).removeprefix("self.")
+
+
+def _empty_like(value: Any, shape: tuple[int, ...], fake_mode: Any) -> Any:
+    if fake_mode is None:
+        return value.new_empty(shape)
+    with fake_mode:
+        return torch.empty(shape, dtype=value.dtype, device=value.device)
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(_signature(v) for v in value)
+    if isinstance(value, torch.Tensor):
+        return value.dtype, tuple(value.shape), value.stride(), value.untyped_storage()._cdata
+    return value

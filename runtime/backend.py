@@ -1,0 +1,259 @@
+"""The torch.compile backend: capture, passes, live weights, inner compiler."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._guards import TracingContext
+from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxfuse.errors import FxfuseError, UnsupportedModelError
+from fxfuse.passes import pipeline
+from fxfuse.passes.program import Program, Weight
+from fxfuse.patterns import ops
+from fxfuse.runtime import capture, inner, leaves, live_weights
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.report import GraphRecord, Report
+from fxfuse.runtime.verify import verified
+
+log = logging.getLogger("fxfuse")
+
+
+@dataclass
+class Session:
+    """For whom a graph is compiled: the model if it is known, and the report that its graphs go to."""
+
+    report: Report = field(default_factory=Report)
+    model: nn.Module | None = None
+    dry_run: bool = False
+    anonymous: bool = False
+
+
+current_session: ContextVar[Session | None] = ContextVar("fxfuse_session", default=None)
+
+
+class DryRun(Exception):
+    """Raised in place of compiling, once the report has what a dry run asks for."""
+
+
+def backend(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Backend "fxfuse" of torch.compile; `options` are those of `Options`.
+
+    Raises OptionError for an unknown option. Whatever else goes wrong leaves the original computation in place with
+    a warning, or raises under strict.
+    """
+    chosen = Options.of({**(options or {}), **({"mode": mode} if mode is not None else {})})
+    session = current_session.get() or _anonymous(example_inputs)
+    try:
+        return _compiled(graph_module, list(example_inputs), chosen, session)
+    except (DryRun, FxfuseError):
+        raise
+    except Exception as error:
+        if chosen.strict:
+            raise
+        reason = f"a graph runs as it was, because compiling it failed: {type(error).__name__}: {error}"
+        session.report.note(reason)
+        log.warning(reason, exc_info=log.isEnabledFor(logging.DEBUG))
+        return graph_module.forward
+
+
+# Dynamo asks the backend of the graph it traces whether to keep the leaves.
+backend.captures_leaves = True  # type: ignore[attr-defined]
+leaves.install()
+
+
+def _compiled(
+    graph_module: GraphModule, inputs: list[Any], options: Options, session: Session
+) -> Callable[..., Any]:
+    started = time.perf_counter()
+    leaves.install()  # for the graphs after this one: a family may have been loaded since the last
+    chosen_inner, why = inner.available(options.inner, inputs)
+    if why is not None and session.report.note(why):
+        log.warning(why)
+    program = _program(graph_module, inputs, options, session)
+    passes = pipeline.selected(options.passes, chosen_inner)
+    before = len(program.graph.nodes)
+    rewritten, outcomes = pipeline.apply(program, passes)
+    record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)
+    record.plan_digest = rewritten.plan().digest if rewritten.fused else ""
+    session.report.graphs.append(record)
+    if options.strict:
+        _raise_on_miss(record)
+    if session.dry_run:
+        raise DryRun
+    if not any(outcome.matches for outcome in outcomes.values()):
+        log.warning("nothing matched in a %s graph: it runs as it was%s", record.phase, _first_reason(record))
+        return _counted(graph_module.forward, record)
+
+    fakes = [node.meta["val"] for node in rewritten.placeholders()[len(inputs) :]]
+    run = inner.compile_graph(chosen_inner, options.mode, rewritten.graph_module, [*inputs, *fakes])
+    call = _with_live_weights(run, rewritten, record, session)
+    record.compile_seconds = time.perf_counter() - started
+    if options.report != "off":
+        log.info("%s", _line(record))
+    if options.verify:
+        return verified(call, graph_module.forward, record, options.strict, session.report)
+    return call
+
+
+def _program(graph_module: GraphModule, inputs: list[Any], options: Options, session: Session) -> Program:
+    fakes = capture.fake_inputs(graph_module, inputs)
+    traced = capture.trace(graph_module, fakes)
+    capture.carry_over(traced, graph_module)
+    nodes = capture.placeholders(graph_module)
+    parameters = {
+        node.name: value
+        for node, value in zip(capture.placeholders(traced), inputs, strict=True)
+        if isinstance(value, nn.Parameter)
+    }
+    names = dict(zip([n.name for n in capture.placeholders(traced)], map(_dotted_name, nodes), strict=True))
+    refused = _refusals({names[p]: value for p, value in parameters.items()}, session.model)
+    weights = {
+        p: Weight(names[p], value.requires_grad, refused.get(names[p])) for p, value in parameters.items()
+    }
+    return Program(
+        traced,
+        weights,
+        TracingContext.get().fake_mode,
+        torch.is_grad_enabled(),
+        copy_weights=options.weights == "copy",
+    )
+
+
+def _dotted_name(placeholder: Node) -> str:
+    """`L['self']._modules['mlp']._parameters['weight']` to `mlp.weight`: the name in the state dict."""
+    source = getattr(placeholder, "_dynamo_source", None)
+    text = source.name if source is not None else placeholder.name
+    text = text() if callable(text) else text
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+    return ".".join(part for part in parts if part != "_orig_mod") or placeholder.name
+
+
+def _refusals(graph_parameters: dict[str, nn.Parameter], model: nn.Module | None) -> dict[str, str]:
+    parameters = dict(graph_parameters)
+    reasons = {}
+    if model is not None:
+        parameters = {**dict(model.named_parameters()), **parameters}
+        for path, module in model.named_modules():
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                for name, _ in module.named_parameters(recurse=False):
+                    reasons[f"{path}.{name}"] = "its module has a forward hook"
+    return {**reasons, **live_weights.refusals(parameters)}
+
+
+def _with_live_weights(
+    run: Callable[..., Any], program: Program, record: GraphRecord, session: Session
+) -> Callable[..., Any]:
+    position = {node.name: i for i, node in enumerate(program.placeholders())}
+    slots: list[live_weights.SharedSlot | live_weights.CopiedSlot] = [
+        live_weights.SharedSlot()
+        if fused.shares_memory
+        else live_weights.CopiedSlot(fused, [program.weights[m].name for m in fused.members])
+        for fused in program.fused
+    ]
+    weights = live_weights.LiveWeights(slots, [[position[m] for m in f.members] for f in program.fused])
+    members = {position[m] for f in program.fused if f.shares_memory for m in f.members}
+    report = session.report
+
+    def call(*args: Any) -> Any:
+        record.calls += 1
+        tensors = weights.fused(args)
+        if weights.packs != record.packs:
+            record.packs = weights.packs
+            report.packed_bytes = max(
+                report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
+            )
+            report.copied_bytes = weights.copied_bytes
+            if session.anonymous and report.packed_bytes:
+                _say_packed(report)
+        return run(*args, *tensors)
+
+    return call
+
+
+def _root_module() -> nn.Module | None:
+    """The module whose forward Dynamo is tracing, if it is one."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    found = InstructionTranslator.current_tx().output.local_scope.get("self")
+    return found if isinstance(found, nn.Module) else None
+
+
+_reports: Any = WeakTensorKeyDictionary()
+
+
+def report_of(parameters: Iterable[torch.Tensor]) -> Report | None:
+    """The report of graphs that were compiled over these parameters without optimize()."""
+    return next((found for p in parameters if (found := _reports.get(p)) is not None), None)
+
+
+def _anonymous(inputs: Sequence[Any]) -> Session:
+    """A session for torch.compile(model, backend="fxfuse"): one report for the graphs of the same parameters."""
+    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
+    report = report_of(parameters) or Report()
+    for parameter in parameters:
+        _reports[parameter] = report
+    return Session(report, _root_module(), anonymous=True)
+
+
+def _say_packed(report: Report) -> None:
+    text = (
+        f"{report.packed_bytes / 1e6:.1f} MB of the caller's parameters now lie in fused memory: same objects, names "
+        "and values; fxfuse.deoptimize(model) gives each its own memory again"
+    )
+    if not any("now lie in fused memory" in note for note in report.notes):
+        report.note(text)
+        log.warning("%s", text)
+
+
+def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        record.calls += 1
+        return run(*args)
+
+    return call
+
+
+def _phase(program: Program) -> str:
+    """ "decode" where every linear but the last sees one token, "prefill" otherwise."""
+    lengths = [n.args[0].meta["val"].shape for n in program.calls(ops.LINEAR)]  # type: ignore[union-attr]
+    one = [len(s) > 1 and statically_known_true(s[-2] == 1) for s in lengths]
+    return "decode" if one and sum(one) * 2 > len(one) else "prefill"
+
+
+def _raise_on_miss(record: GraphRecord) -> None:
+    misses = [m for outcome in record.outcomes.values() for m in outcome.misses]
+    if misses:
+        m = misses[0]
+        raise UnsupportedModelError(
+            f"{m.where or m.node}: {m.reason} ({len(misses)} left alone in a {record.phase} graph; "
+            "strict=False leaves them as they are)"
+        )
+    if not any(outcome.matches for outcome in record.outcomes.values()):
+        raise UnsupportedModelError(f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes")
+
+
+def _first_reason(record: GraphRecord) -> str:
+    misses = [m for outcome in record.outcomes.values() for m in outcome.misses]
+    return f" ({misses[0].where}: {misses[0].reason})" if misses else ""
+
+
+def _line(record: GraphRecord) -> str:
+    parts = [
+        f"{name} {len(o.matches)} of {o.candidates}" for name, o in record.outcomes.items() if o.candidates
+    ]
+    return f"{record.phase} graph in {record.compile_seconds:.1f} s: {', '.join(parts)}"

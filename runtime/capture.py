@@ -1,0 +1,52 @@
+"""From Dynamo's graph to the normal form that patterns match on: pre-dispatch ATen with mutation kept."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._guards import TracingContext
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.traceback import preserve_node_meta
+
+Input = torch.Tensor | torch.SymInt | int
+
+
+def placeholders(graph_module: GraphModule) -> list[Node]:
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def fake_inputs(graph_module: GraphModule, example_inputs: Sequence[Input]) -> list[Any]:
+    """Dynamo's own fakes of its inputs, with its symbols: `example_value` belongs to another fake mode."""
+    context = TracingContext.get()
+    mode = context.fake_mode
+    assert mode is not None
+
+    def fake(node: Node, value: Input) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return node.meta["example_value"]
+        symbolic = context.tensor_to_context.get(value)
+        source = symbolic.tensor_source if symbolic is not None else None
+        return mode.from_tensor(value, symbolic_context=symbolic, source=source)
+
+    return [fake(n, v) for n, v in zip(placeholders(graph_module), example_inputs, strict=True)]
+
+
+def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
+    """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given is not changed."""
+    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
+    with preserve_node_meta():
+        run = make_fx(lambda *args: Interpreter(graph_module).run(*args), pre_dispatch=True)
+        if mode is None:
+            return run(*fakes)
+        with mode:
+            return run(*fakes)
+
+
+def carry_over(traced: GraphModule, original: GraphModule) -> None:
+    """Give the traced graph what AOTAutograd reads off Dynamo's: sources and static marks of the inputs."""
+    traced.meta.update(original.meta)
+    traced._param_name_to_source = {}  # type: ignore[assignment]
+    for new, old in zip(placeholders(traced), placeholders(original), strict=True):
+        new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
+        new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})

@@ -1,0 +1,44 @@
+"""What runs a rewritten graph: Inductor, AOTAutograd in eager mode, or the graph as it is."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fxfuse.runtime.options import Inner, Mode
+
+
+def cpp_compiler_is_missing() -> bool:
+    """Inductor writes C++ for CPUs, and cannot run there without a compiler."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return True
+    return False
+
+
+def available(inner: Inner, inputs: Sequence[Any]) -> tuple[Inner, str | None]:
+    """The inner backend that can run here, and why it is another one than asked for."""
+    on_cpu = all(t.device.type in ("cpu", "meta") for t in inputs if isinstance(t, torch.Tensor))
+    if inner == "inductor" and on_cpu and cpp_compiler_is_missing():
+        return "eager", "no C++ compiler was found, so Inductor cannot run: graphs run as they are (inner='eager')"
+    return inner, None
+
+
+def compile_graph(
+    inner: Inner, mode: Mode | None, graph_module: GraphModule, inputs: Sequence[Any]
+) -> Callable[..., Any]:
+    """A callable for the graph; `inputs` are example values, fake where there is no memory yet."""
+    if inner == "eager":
+        return graph_module
+    if inner == "aot_eager":
+        return torch._dynamo.lookup_backend("aot_eager")(graph_module, list(inputs))
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(mode) if mode not in (None, "default") else None
+    return compile_fx(graph_module, list(inputs), config_patches=patches)

@@ -1,0 +1,226 @@
+"""Fused weights that share memory with the parameters they are made of, and are never stale.
+
+A packed weight owns one tensor; each parameter becomes a view of its rows with a storage object of its own (through
+DLPack), so that names, values, `state_dict` and every way of saving stay what they were. What breaks the sharing
+(`.to()`, `load_state_dict(assign=True)`, `param.data = …`, another Parameter object) moves a data pointer; the caller of
+a compiled graph compares the pointers and packs again.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from operator import itemgetter
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fxfuse.passes.program import FusedWeight
+
+_lock = RLock()
+
+
+class Packed:
+    """Where the members of one fused weight lie; the memory itself belongs to them and goes with the last of them."""
+
+    def __init__(self, members: Sequence[Tensor], tensor: Tensor) -> None:
+        self.tensor = weakref.ref(tensor)
+        self._kind = _kind(members)
+        self._rows = [m.shape[0] for m in members]
+        self._pointers = tuple(part.data_ptr() for part in tensor.split(self._rows))
+        self._aliases: list[StorageWeakRef | None] = [None] * len(members)
+
+    @classmethod
+    def empty(cls, members: Sequence[Tensor]) -> tuple[Packed, Tensor]:
+        """Fresh memory for these members, and a strong reference to it until they have taken it."""
+        first, rows = members[0], sum(m.shape[0] for m in members)
+        tensor = torch.empty((rows, *first.shape[1:]), dtype=first.dtype, device=first.device)
+        return cls(members, tensor), tensor
+
+    def holds(self, members: Sequence[Tensor]) -> bool:
+        """Whether exactly these members lie here, in this order."""
+        return self.fits(members) and tuple(m.data_ptr() for m in members) == self._pointers
+
+    def fits(self, members: Sequence[Tensor]) -> bool:
+        return self.tensor() is not None and _kind(members) == self._kind
+
+    def may_overwrite(self, members: Sequence[Tensor]) -> bool:
+        """Whether nobody but these members sees the rows that would be written."""
+        return all(
+            member.data_ptr() == pointer or alias is None or alias.expired()
+            for member, pointer, alias in zip(members, self._pointers, self._aliases, strict=True)
+        )
+
+    def take(self, members: Sequence[Tensor], tensor: Tensor) -> None:
+        """Copy in the members that live elsewhere, one at a time, and make each a view of its rows."""
+        for i, (member, part) in enumerate(zip(members, tensor.split(self._rows), strict=True)):
+            if member.data_ptr() != part.data_ptr():
+                part.copy_(member.detach())
+                alias = torch.from_dlpack(part)
+                storage = alias.untyped_storage()
+                storage.fused = tensor  # type: ignore[attr-defined]
+                self._aliases[i] = StorageWeakRef(storage)
+                member.data = alias
+            _packed_by[member] = self
+
+    def contains(self, parameter: Tensor) -> bool:
+        return self.tensor() is not None and parameter.data_ptr() in self._pointers
+
+
+def _kind(members: Sequence[Tensor]) -> tuple[object, ...]:
+    return members[0].dtype, members[0].device, tuple(m.shape for m in members)
+
+
+_packed_by: Any = WeakTensorKeyDictionary()
+
+
+class SharedSlot:
+    """One fused input of a compiled graph, filled with memory that its members share."""
+
+    copied_bytes = 0
+
+    def __init__(self) -> None:
+        self._packed: Packed | None = None
+
+    @staticmethod
+    def marks(members: Iterable[Tensor]) -> list[int]:
+        """What changes when a member no longer is where it was packed."""
+        return [m.data_ptr() for m in members]
+
+    def fill(self, members: Sequence[Tensor]) -> Callable[[], Tensor | None]:
+        """Gets the fused weight; packs the members, in this order, where they are not packed so already."""
+        owners = (_packed_by.get(m) for m in members)
+        found = next((owner for owner in owners if owner is not None and owner.holds(members)), None)
+        if found is None:
+            found, tensor = self._packed, None
+            if found is not None and found.fits(members) and found.may_overwrite(members):
+                tensor = found.tensor()
+            if found is None or tensor is None:
+                found, tensor = Packed.empty(members)
+            found.take(members, tensor)
+        self._packed = found
+        return found.tensor
+
+
+class CopiedSlot:
+    """One fused input whose rows are in another order than its members': a copy, renewed when a member changes."""
+
+    def __init__(self, fused: FusedWeight, names: Sequence[str]) -> None:
+        self._names = list(names)
+        self._rows = fused.transform.rows
+        self._tensor: Tensor | None = None
+
+    @property
+    def copied_bytes(self) -> int:
+        return 0 if self._tensor is None else self._tensor.nbytes
+
+    @staticmethod
+    def marks(members: Iterable[Tensor]) -> list[int]:
+        """A write that autograd sees moves the version, an exchange moves the pointer."""
+        return [mark for m in members for mark in (m.data_ptr(), m._version)]
+
+    def fill(self, members: Sequence[Tensor]) -> Callable[[], Tensor | None]:
+        by_name = dict(zip(self._names, members, strict=True))
+        rows = torch.cat([by_name[s.source].detach()[s.start : s.stop] for s in self._rows.segments])
+        if self._tensor is None or _kind([self._tensor]) != _kind([rows]):
+            self._tensor = rows
+        else:
+            self._tensor.copy_(rows)  # where a recorded device graph expects it
+        return lambda: self._tensor
+
+
+class LiveWeights:
+    """The fused inputs of one compiled graph: filled at the first call, compared at every call."""
+
+    def __init__(self, slots: Sequence[SharedSlot | CopiedSlot], positions: Sequence[Sequence[int]]) -> None:
+        self._slots = list(zip(slots, map(_getter, positions), strict=True))
+        self._shared = _getter(
+            [i for slot, at in zip(slots, positions, strict=True) if isinstance(slot, SharedSlot) for i in at]
+        )
+        self._copied = [(slot, members) for slot, members in self._slots if isinstance(slot, CopiedSlot)]
+        self._filled: tuple[list[int], list[Callable[[], Tensor | None]]] | None = None
+        self.packs = 0
+
+    def fused(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The fused inputs for a call with these arguments; packs first where a member has moved."""
+        marks = self._marks(args)
+        filled = self._filled
+        if filled is None or filled[0] != marks:
+            filled = self._fill(args)
+        return [tensor() for tensor in filled[1]]
+
+    def _marks(self, args: Sequence[Any]) -> list[int]:
+        marks = [t.data_ptr() for t in self._shared(args)]
+        for slot, members in self._copied:
+            marks += slot.marks(members(args))
+        return marks
+
+    def _fill(self, args: Sequence[Any]) -> tuple[list[int], list[Callable[[], Tensor | None]]]:
+        with _lock, torch.inference_mode(False), torch.no_grad():
+            tensors = [slot.fill(members(args)) for slot, members in self._slots]
+            self._filled = filled = (self._marks(args), tensors)
+            self.packs += 1
+        return filled
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(slot.copied_bytes for slot, _ in self._slots)
+
+
+def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """itemgetter that gives a tuple for one position and for none, too."""
+    if len(positions) > 1:
+        return itemgetter(*positions)
+    return lambda args: tuple(args[i] for i in positions)
+
+
+def is_packed(parameter: Tensor) -> bool:
+    """Whether the parameter's memory is part of a fused weight."""
+    packed = _packed_by.get(parameter)
+    return packed is not None and packed.contains(parameter)
+
+
+def packed_bytes(parameters: Iterable[Tensor]) -> int:
+    """Bytes of these parameters that are part of fused weights."""
+    return sum(p.nbytes for p in parameters if is_packed(p))
+
+
+def unpack(parameters: Iterable[Tensor]) -> int:
+    """Give each packed parameter memory of its own again, same object, bits and strides; returns how many."""
+    count = 0
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        for parameter in parameters:
+            if is_packed(parameter):
+                parameter.data = parameter.detach().clone()
+                count += 1
+            _packed_by.pop(parameter, None)
+    return count
+
+
+def refusals(tensors: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Why the memory of some of these named parameters may not be rearranged."""
+    by_storage: dict[int, str] = {}
+    found: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+            found[name] = f"its weight is a {type(tensor).__name__} around {type(tensor.data).__name__}"
+        elif tensor.device.type == "meta":
+            found[name] = "its weight is on the meta device: it has no memory yet"
+        elif not tensor.is_contiguous():
+            found[name] = f"its weight is not contiguous (strides {tuple(tensor.stride())})"
+        elif tensor.is_inference():
+            found[name] = "its weight was made under inference_mode and cannot be given other memory"
+        elif tensor.untyped_storage().nbytes() != tensor.nbytes:
+            found[name] = "its weight is a slice of larger memory that others may share"
+        elif tensor.device.type == "cpu" and tensor.is_shared():
+            found[name] = "its weight is in memory shared between processes"
+        else:
+            other = by_storage.setdefault(tensor.untyped_storage().data_ptr(), name)
+            if other != name:
+                found[name] = f"its weight shares memory with {other}"
+                found.setdefault(other, f"its weight shares memory with {name}")
+    return found

@@ -1,0 +1,170 @@
+"""optimize() and deoptimize(): the compiled call of a model, put in place and taken away again."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from fxfuse.errors import UnsupportedModelError
+from fxfuse.runtime import backend, leaves, live_weights
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.report import Report
+
+log = logging.getLogger("fxfuse")
+
+# transformers' models share one guarded frame: torch's limit of 8 would leave the ninth model in a process eager.
+RECOMPILE_LIMIT = 64
+
+
+@dataclass
+class State:
+    """What optimize() keeps about a model, away from the model."""
+
+    options: Options
+    dynamic: bool | None
+    report: Report
+    call_before: Callable[..., Any] | None
+
+
+_states: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()
+
+
+def optimize(
+    model: nn.Module,
+    *,
+    passes: str | Sequence[str] = "default",
+    weights: str = "auto",
+    inner: str = "inductor",
+    mode: str | None = None,
+    dynamic: bool | None = None,
+    strict: bool = False,
+    verify: bool = False,
+    report: str = "auto",
+) -> nn.Module:
+    """Rewrite the model's computation in place; returns the same model.
+
+    Nothing is compiled or moved before the first call. Calling it again with the same options changes nothing, with
+    others it starts anew. The keywords are those of `fxfuse.runtime.options.Options`; `dynamic` is torch.compile's,
+    where None lets lengths vary from the first graph on.
+
+    Raises OptionError for an unknown pass or value, UnsupportedModelError under strict where anything would be left
+    alone; the model is then as it was.
+    """
+    options = Options.of(
+        {
+            "passes": passes,
+            "weights": weights,
+            "inner": inner,
+            "mode": mode,
+            "strict": strict,
+            "verify": verify,
+            "report": report,
+        }
+    )
+    if not isinstance(model, nn.Module):
+        raise UnsupportedModelError(f"optimize() takes a torch.nn.Module, not a {type(model).__name__}")
+    state = _states.get(model)
+    if state is not None and is_optimized(model):
+        if (state.options, state.dynamic) == (options, dynamic):
+            return model
+        deoptimize(model)
+    if strict:
+        from fxfuse.runtime.explain import explain
+
+        explain(model, passes=passes, weights=weights, inner=inner, strict=True)
+    leaves.install()
+    state = State(options, dynamic, Report(), model._compiled_call_impl)
+    model.compile(
+        backend=backend.backend,
+        options=options.given(),
+        dynamic=dynamic,
+        **_compile_limits(),
+    )
+    compiled = model._compiled_call_impl
+    assert compiled is not None
+    session = backend.Session(state.report, model)
+    model._compiled_call_impl = _entry(compiled, session, mark_lengths=dynamic is None)
+    _states[model] = state
+    return model
+
+
+def _compile_limits() -> dict[str, Any]:
+    import inspect
+
+    known = inspect.signature(torch.compile).parameters
+    if "isolate_recompiles" in known and "recompile_limit" in known:
+        return {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
+    return {}
+
+
+def _entry(
+    compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool
+) -> Callable[..., Any]:
+    """The model's compiled call: says for whom graphs are compiled, and which sizes will vary."""
+
+    def fxfuse_call(*args: Any, **kwargs: Any) -> Any:
+        if mark_lengths:
+            _mark_lengths(args, kwargs)
+        token = backend.current_session.set(session)
+        try:
+            return compiled(*args, **kwargs)
+        finally:
+            backend.current_session.reset(token)
+
+    # An outer torch.compile (transformers' automatic one) must not trace into this frame: ours wins.
+    return torch.compiler.disable(fxfuse_call, recursive=False)
+
+
+def _mark_lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+    """Sequence lengths vary: said before the first graph, it saves compiling a graph for one length only."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor) and value.dim() >= 2 and not value.is_floating_point():
+            if value.shape[-1] > 1:
+                torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
+    for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
+        if type(layer).__name__ != "DynamicLayer":
+            continue
+        for tensor in (layer.keys, layer.values):
+            if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[2] > 1:
+                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+
+
+def is_optimized(model: nn.Module) -> bool:
+    """Whether the model's call is ours now; a copy of an optimised model is a plain model."""
+    return model in _states and model._compiled_call_impl is not None
+
+
+def deoptimize(model: nn.Module) -> nn.Module:
+    """Undo optimize(), and any packing of torch.compile(model, backend="fxfuse"); returns the same model.
+
+    The original forward, the same Parameter objects with their bits and strides, each in memory of its own.
+    """
+    state = _states.pop(model, None)
+    if state is not None:
+        model._compiled_call_impl = state.call_before
+    live_weights.unpack(model.parameters())
+    return model
+
+
+@contextmanager
+def optimized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
+    """The model, optimised inside the with block and as it was after it."""
+    optimize(model, **options)
+    try:
+        yield model
+    finally:
+        deoptimize(model)
+
+
+def optimization_report(model: nn.Module) -> Report | None:
+    """The report of an optimised model, or of graphs that torch.compile(backend="fxfuse") made for it."""
+    state = _states.get(model)
+    return state.report if state is not None else backend.report_of(model.parameters())

@@ -1,0 +1,68 @@
+"""The options of optimize() and of the backend, checked at one door."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+from fxfuse.errors import OptionError
+from fxfuse.passes import pipeline
+
+Inner = Literal["inductor", "aot_eager", "eager"]
+Weights = Literal["auto", "copy"]
+Show = Literal["auto", "log", "off"]
+Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to rewrite and how to run it; raises OptionError, with what is allowed, for anything else.
+
+    Attributes:
+        passes: "default", or the names of the passes to run.
+        weights: "auto" lays parameters out in shared memory and never copies; "copy" also folds permutations of
+            rows into a copy of the weight, which does not see writes that leave no trace on the parameter
+            (`p.data.copy_()`, fused optimizers, numpy).
+        inner: what compiles the rewritten graph.
+        mode: a mode of torch.compile, for the inner backend inductor.
+        strict: raise where the default leaves the original computation alone.
+        verify: run the original graph once beside each compiled one and compare.
+        report: "auto" and "log" log one line for each compiled graph, "off" logs warnings only.
+    """
+
+    passes: str | tuple[str, ...] = "default"
+    weights: Weights = "auto"
+    inner: Inner = "inductor"
+    mode: Mode | None = None
+    strict: bool = False
+    verify: bool = False
+    report: Show = "auto"
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("weights", Weights), ("inner", Inner), ("report", Show)):
+            _check_choice(name, getattr(self, name), get_args(allowed))
+        _check_choice("mode", self.mode, (None, *get_args(Mode)))
+        for name in ("strict", "verify"):
+            _check_choice(name, getattr(self, name), (True, False))
+        if not isinstance(self.passes, str):
+            if not isinstance(self.passes, Sequence) or not all(isinstance(p, str) for p in self.passes):
+                raise OptionError(f"passes={self.passes!r}: give 'default' or a sequence of names")
+            object.__setattr__(self, "passes", tuple(self.passes))
+        pipeline.selected(self.passes, self.inner)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any] | None) -> "Options":
+        """Options from a mapping; an unknown name is an OptionError that lists the known ones."""
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in given or {} if name not in known]
+        if unknown:
+            raise OptionError(f"unknown option {unknown[0]!r}: known are {', '.join(known)}")
+        return cls(**(given or {}))
+
+    def given(self) -> dict[str, Any]:
+        """The options that differ from the defaults."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        raise OptionError(f"{name}={value!r}: allowed are {', '.join(map(repr, allowed))}")

@@ -1,0 +1,207 @@
+"""What was rewritten, what was not and why, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fxfuse.passes.outcome import Match, Miss, Outcome
+
+
+@dataclass
+class GraphRecord:
+    """One compiled graph: which phase it serves, its size before and after, seconds spent, and its calls."""
+
+    phase: str
+    nodes_before: int
+    nodes_after: int
+    inner: str
+    outcomes: dict[str, Outcome]
+    plan_digest: str = ""
+    compile_seconds: float = 0.0
+    calls: int = 0
+    packs: int = 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: a rule, where it was applied (layers grouped), and how often."""
+
+    rule: str
+    where: str
+    detail: str
+    phase: str
+    matched: int
+    candidates: int
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the rewrite depends on."""
+    found = {"python": platform.python_version()}
+    for name in ("fxfuse", "torch", "triton", "transformers"):
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+@dataclass
+class Report:
+    """The record of a model's graphs; grows while the model meets new shapes.
+
+    Attributes:
+        graphs: one record for each compiled graph, in the order of compilation.
+        notes: what the user should know, in words.
+        packed_bytes, copied_bytes: memory that parameters share with fused weights, and that copies take on top.
+    """
+
+    graphs: list[GraphRecord] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    packed_bytes: int = 0
+    copied_bytes: int = 0
+    versions: dict[str, str] = field(default_factory=versions)
+
+    @property
+    def calls(self) -> int:
+        """How often a compiled graph of ours ran."""
+        return sum(graph.calls for graph in self.graphs)
+
+    @property
+    def matched(self) -> int:
+        return sum(row.matched for row in self.rows)
+
+    @property
+    def misses(self) -> list[Miss]:
+        """Every candidate left alone, once for each graph it was met in."""
+        return [m for graph in self.graphs for outcome in graph.outcomes.values() for m in outcome.misses]
+
+    @property
+    def rows(self) -> list[Row]:
+        """Matches and candidates by rule, place and phase; layers that differ in their number alone are one row."""
+        places: dict[tuple[str, str, str, str], dict[str, set[str]]] = defaultdict(
+            lambda: {"matched": set(), "missed": set()}
+        )
+        for graph in self.graphs:
+            for outcome in graph.outcomes.values():
+                for m in outcome.matches:
+                    places[m.rule, _pattern(m.where), m.detail, graph.phase]["matched"].add(m.where)
+                for miss in outcome.misses:
+                    places[miss.rule, _pattern(miss.where), "left alone", graph.phase]["missed"].add(miss.where)
+        return [
+            Row(
+                rule,
+                _grouped(pattern, found["matched"] | found["missed"]),
+                detail,
+                phase,
+                len(found["matched"]),
+                len(found["matched"] | found["missed"]),
+            )
+            for (rule, pattern, detail, phase), found in places.items()
+        ]
+
+    def note(self, text: str) -> bool:
+        """Record a note; False where it was there already."""
+        if text in self.notes:
+            return False
+        self.notes.append(text)
+        return True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "versions": self.versions,
+            "rows": [asdict(row) for row in self.rows],
+            "misses": [asdict(miss) for miss in self.misses],
+            "graphs": [
+                {k: v for k, v in asdict(graph).items() if k != "outcomes"} for graph in self.graphs
+            ],
+            "packed_bytes": self.packed_bytes,
+            "copied_bytes": self.copied_bytes,
+            "calls": self.calls,
+            "notes": self.notes,
+        }
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        console = Console(width=120, no_color=True, highlight=False)
+        with console.capture() as capture:
+            console.print(self)
+        return capture.get().rstrip()
+
+    def __rich_console__(self, console: Console, options: Any) -> Iterable[Any]:
+        if not self.graphs:
+            yield "fxfuse: no graph yet: capture, match and packing happen at the first call"
+        else:
+            yield self._table()
+            yield self._summary()
+        for reason, places in self.reasons().items():
+            yield f"  left alone: {', '.join(places)}: {reason}"
+        for note in self.notes:
+            yield f"  note: {note}"
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Where each reason for a miss holds, layers grouped."""
+        found: dict[tuple[str, str], set[str]] = defaultdict(set)
+        for miss in self.misses:
+            found[miss.reason, _pattern(miss.where)].add(miss.where)
+        places: dict[str, list[str]] = defaultdict(list)
+        for (reason, pattern), where in found.items():
+            places[reason].append(_grouped(pattern, where))
+        return dict(places)
+
+    def _table(self) -> Table:
+        table = Table(title="fxfuse", title_justify="left")
+        for heading in ("rule", "where", "what", "phase"):
+            table.add_column(heading, overflow="fold")
+        table.add_column("matched", justify="right")
+        for row in self.rows:
+            table.add_row(
+                row.rule, row.where, row.detail, row.phase, f"{row.matched} of {row.candidates}"
+            )
+        return table
+
+    def _summary(self) -> str:
+        graphs = "; ".join(
+            f"{g.phase} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s" for g in self.graphs
+        )
+        used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return (
+            f"graphs: {graphs}\n"
+            f"memory: {self.packed_bytes / 1e6:.1f} MB of weights shared with fused ones, "
+            f"{self.copied_bytes / 1e6:.1f} MB copied; calls of compiled graphs: {self.calls}\n"
+            f"versions: {used}"
+        )
+
+
+def _pattern(where: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", where)
+
+
+def _grouped(pattern: str, places: Iterable[str]) -> str:
+    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, or `layers.{0,1,2,4}.mlp`."""
+    if pattern.count("*") != 1:
+        return pattern
+    head, tail = pattern.split("*")
+    numbers = sorted({int(place[len(head) : len(place) - len(tail)]) for place in places})
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][-1] == number - 1:
+            spans[-1].append(number)
+        else:
+            spans.append([number])
+    text = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}..{s[-1]}" for s in spans)
+    return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
+
+
+__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row"]
