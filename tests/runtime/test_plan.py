@@ -138,6 +138,7 @@ def test_a_composite_config_gives_the_names_of_its_files() -> None:
     with torch.device("meta"):
         model = Qwen3_5ForConditionalGeneration(config)
     from_model = plan(model)
+    assert [s.name for s in plan(config).sources] == [s.name for s in from_model.sources]
     assert plan(config).bind(model.state_dict()).digest == from_model.digest
     assert all(source.name.startswith("model.language_model.layers.") for source in from_model.sources)
     # and onto the text model, which has them elsewhere

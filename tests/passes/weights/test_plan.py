@@ -81,7 +81,7 @@ def test_permutation_under_the_same_name_is_indexing() -> None:
 
 
 def test_one_source_splits_into_experts_of_three_dimensions_and_back() -> None:
-    stacked = torch.randn(2, 6, 3)
+    stacked = torch.randn(6, 2, 3).transpose(0, 1)
     parts = [TensorSpec(f"e.{e}.{n}", (3, 3)) for e in range(2) for n in ("gate", "up")]
     split = [Transform(p, RowMap((Rows("e", 3 * i, 3 * i + 3),))) for i, p in enumerate(parts)]
     plan = WeightPlan((TensorSpec("e", (2, 6, 3)),), tuple(split))
