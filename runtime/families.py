@@ -90,9 +90,6 @@ FAMILIES = (
     ),
 )
 
-# (module, function) of every delta rule of every family
-LEAF_FUNCTIONS = tuple((family.modeling, function) for family in FAMILIES for function in family.delta_rules)
-
 _BY_MODEL_TYPE = {model_type: family for family in FAMILIES for model_type in family.model_types}
 
 

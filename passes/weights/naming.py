@@ -31,13 +31,6 @@ def fused_name(names: Sequence[str]) -> str:
     return ".".join([*parent, "_".join([*start, *middles, *end]), *([leaf] if shared_leaf else [])])
 
 
-def common_module(names: Sequence[str]) -> str:
-    """Dotted name of the innermost module that holds all the named parameters; "" is the model itself."""
-    modules = [name.split(".")[:-1] for name in names]
-    columns = takewhile(lambda column: len(set(column)) == 1, zip(*modules, strict=False))
-    return ".".join(column[0] for column in columns)
-
-
 def _common_start(members: Sequence[Sequence[str]]) -> list[str]:
     """Leading tokens that all members share, leaving each member at least one token of its own."""
     shortest = min(map(len, members)) - 1

@@ -8,7 +8,7 @@ import pytest
 from transformers import CONFIG_MAPPING
 
 from fxfuse.errors import UnsupportedModelError
-from fxfuse.runtime.families import FAMILIES, LEAF_FUNCTIONS, family_of, known_model_types
+from fxfuse.runtime.families import FAMILIES, Family, family_of, known_model_types
 
 
 def test_every_model_type_exists_and_leads_to_its_family() -> None:
@@ -18,10 +18,11 @@ def test_every_model_type_exists_and_leads_to_its_family() -> None:
     assert all(model_type in CONFIG_MAPPING for model_type in known_model_types())
 
 
-def test_the_leaf_functions_exist() -> None:
-    assert len(LEAF_FUNCTIONS) == 2 * len(FAMILIES)
-    for module, function in LEAF_FUNCTIONS:
-        assert callable(getattr(importlib.import_module(module), function))
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+def test_the_delta_rules_exist(family: Family) -> None:
+    modeling = importlib.import_module(family.modeling)
+    assert len(family.delta_rules) == 2
+    assert all(callable(getattr(modeling, name)) for name in family.delta_rules)
 
 
 @pytest.mark.parametrize("model_type", ["llama", "", None, 3, ["qwen3_5"]])

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fxfuse.errors import PlanError
-from fxfuse.passes.weights.naming import common_module, fused_name
+from fxfuse.passes.weights.naming import fused_name
 
 LINEAR_ATTENTION = "model.layers.0.linear_attn."
 
@@ -65,10 +65,3 @@ def test_a_merge_is_never_named_like_a_member(paths: list[str], leaf: str, same_
 def test_names_that_no_merge_has_are_refused(names: list[str]) -> None:
     with pytest.raises(PlanError, match="two or more distinct dotted names"):
         fused_name(names)
-
-
-def test_common_module_holds_all_the_parameters() -> None:
-    assert common_module(["l.attn.q_proj.weight", "l.attn.k_proj.bias"]) == "l.attn"
-    assert common_module(["l.attn.q_proj.weight", "l.attn.q_proj.bias"]) == "l.attn.q_proj"
-    assert common_module(["l.attn.q_proj.weight", "l.attn_2.q_proj.weight"]) == "l"
-    assert common_module(["a", "b.weight"]) == ""
