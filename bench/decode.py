@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from harness import Case, Peer, arguments, run, synchronize
 from torch import Tensor
-from transformers import LogitsProcessor, PreTrainedModel, Qwen3_5ForCausalLM
+from transformers import LogitsProcessor, Qwen3_5ForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
 import fxfuse
@@ -30,6 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 CACHES: dict[str, dict[str, Any]] = {"DynamicCache": {}, "StaticCache": {"cache_implementation": "static"}}
 CHECKED_STEPS = 8
 
+Model = Any  # a transformers model: its class types every attribute as a tensor or a module
 Generate = Callable[..., Any]
 
 
@@ -76,20 +77,19 @@ def forced_logits(generate: Generate, ids: Tensor, tokens: Tensor) -> dict[str, 
     return {"logits": torch.stack(output.logits)}
 
 
-def sharing_weights(model: PreTrainedModel) -> PreTrainedModel:
+def sharing_weights(model: Model) -> Model:
     """Another model over the same parameters: compiled by itself, without a second copy of the weights."""
     tensors = (*model.parameters(), *model.buffers())
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
-def bytes_per_token(model: PreTrainedModel) -> int:
+def bytes_per_token(model: Model) -> int:
     """Bytes of the weights that one step reads: all but an embedding table that is not the head as well."""
     total = sum(parameter.nbytes for parameter in model.parameters())
-    tied = model.config.tie_word_embeddings
-    return total if tied else total - model.get_input_embeddings().weight.nbytes
+    return total if model.config.tie_word_embeddings else total - model.get_input_embeddings().weight.nbytes
 
 
-def flops_per_token(model: PreTrainedModel, batch: int) -> int:
+def flops_per_token(model: Model, batch: int) -> int:
     """Operations of one step's matrix products with weights: two for each weight and sequence."""
     matrices = sum(parameter.numel() for parameter in model.parameters() if parameter.ndim == 2)
     tied = model.config.tie_word_embeddings
@@ -113,15 +113,15 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield _case(options, cache, ids, {"eager": eager, "torch.compile": compiled, "fxfuse": fused})
 
 
-def _case(options: argparse.Namespace, cache: str, ids: Tensor, models: dict[str, PreTrainedModel]) -> Case:
-    def generate(model: PreTrainedModel, ids: Tensor, **more: Any) -> Any:
-        # Over a static cache transformers compiles by itself on some devices: the baselines are what they say.
+def _case(options: argparse.Namespace, cache: str, ids: Tensor, models: dict[str, Model]) -> Case:
+    def generate(model: Model, ids: Tensor, **more: Any) -> Any:
+        # Over a static cache transformers compiles by itself on some devices; the baselines are as named.
         own = {} if model is models["fxfuse"] else {"disable_compile": True}
         mask = torch.ones_like(ids)
         settings = {"max_new_tokens": options.tokens, "do_sample": False, "attention_mask": mask}
         return model.generate(ids, **{**settings, **CACHES[cache], **own, **more})
 
-    def sample(model: PreTrainedModel) -> Callable[[], float]:
+    def sample(model: Model) -> Callable[[], float]:
         def seconds() -> float:
             watch = Stopwatch(options.device)
             generate(model, ids, streamer=watch)
@@ -157,9 +157,7 @@ def _case(options: argparse.Namespace, cache: str, ids: Tensor, models: dict[str
     )
 
 
-def _matches(
-    eager: PreTrainedModel, candidate: PreTrainedModel, generate: Generate, ids: Tensor, name: str
-) -> bool:
+def _matches(eager: Model, candidate: Model, generate: Generate, ids: Tensor, name: str) -> bool:
     """Whether the candidate generates what eager does; says on stderr what differs."""
     if eager.dtype == torch.float32:
         expected, got = generate(eager, ids), generate(candidate, ids)
@@ -171,7 +169,7 @@ def _matches(
         eager.config.vocab_size, (len(ids), CHECKED_STEPS), generator=torch.Generator().manual_seed(1)
     ).to(ids.device)
 
-    def logits(model: PreTrainedModel) -> Callable[[Tensor], dict[str, Tensor]]:
+    def logits(model: Model) -> Callable[[Tensor], dict[str, Tensor]]:
         return lambda ids: forced_logits(lambda *args, **more: generate(model, *args, **more), ids, tokens)
 
     try:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
@@ -34,6 +35,7 @@ SCHEMA = 1  # of the JSON form; raised when a field changes its meaning or goes 
 
 # What decides how fast a CPU multiplies; everything else in /proc/cpuinfo is noise here.
 _ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
+_TABLE_WIDTH = 110  # a narrower terminal, or none, would break the numbers in two
 _PACKAGES = ("torch", "transformers", "triton", "fxfuse")
 
 
@@ -403,8 +405,9 @@ class BenchReport:
 
     def print(self, console: Console | None = None) -> None:
         """The machine, the limits and one table for each case, for people."""
-        console = console or Console(highlight=False, soft_wrap=True)
-        console.print(describe(self.machine, self.limits))
+        console = console or Console(highlight=False)
+        console.width = max(console.width, _TABLE_WIDTH)
+        console.print(describe(self.machine, self.limits), soft_wrap=True)
         for name in dict.fromkeys(row.case for row in self.results):
             console.print(_table(name, [row for row in self.results if row.case == name]))
         for row in self.results:
@@ -412,7 +415,8 @@ class BenchReport:
                 best = against_fastest(row)
                 console.print(
                     f"{row.case}: {row.peer} is {best.of_medians:.2f}x as fast as {best.against}, "
-                    f"the fastest baseline (single pairs {best.lowest:.2f} to {best.highest:.2f})"
+                    f"the fastest baseline (single pairs {best.lowest:.2f} to {best.highest:.2f})",
+                    soft_wrap=True,
                 )
 
 
@@ -428,15 +432,22 @@ def describe(where: Machine, limit: Limits) -> str:
 
 
 def _table(name: str, rows: Sequence[Result]) -> Table:
-    table = Table(title=name, title_justify="left")
-    table.add_column("peer")
-    for column in (f"ms per {rows[0].unit}", "first run s"):
-        table.add_column(column, justify="right")
-    baselines = list(dict.fromkeys(ratio.against for row in rows for ratio in row.ratios))
-    for baseline in baselines:
-        table.add_column(f"times as fast as {baseline}", justify="right")
-    for column in ("of bandwidth", "of matmul rate", "fused ran", "output right"):
-        table.add_column(column, justify="right")
+    against = {ratio.against for row in rows for ratio in row.ratios}
+    baselines = [row.peer for row in rows if row.peer in against]
+    table = Table(
+        title=f"{name}; x: times as fast as", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
+    )
+    table.add_column("", no_wrap=True)
+    for column in (
+        f"ms/{rows[0].unit}",
+        "first s",
+        *(f"x {baseline}" for baseline in baselines),
+        "of read",
+        "of matmul",
+        "fused",
+        "right",
+    ):
+        table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
         ratios = {ratio.against: ratio for ratio in row.ratios}
         table.add_row(
@@ -529,8 +540,11 @@ def run(
     where = machine(options.device)
     limit = limits(dtypes(options), options.device)
     results: list[Result] = []
-    for case in cases(options):
-        results += measure(case, limit, rounds=options.rounds, warmup=options.warmup)
+    try:
+        for case in cases(options):
+            results += measure(case, limit, rounds=options.rounds, warmup=options.warmup)
+    except OptionError as error:
+        parser.error(str(error))
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
     report = BenchReport(claim, where, limit, settings, tuple(results))
     report.print()
