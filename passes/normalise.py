@@ -1,7 +1,7 @@
 """One spelling for what means the same, before any pattern looks.
 
-    Before: y = to(x, x.dtype); z = view(y, [2, 3]); dead = x + 1
-    After:  z = reshape(x, [2, 3])
+Before: y = to(x, x.dtype); z = view(y, [2, 3]); dead = x + 1
+After:  z = reshape(x, [2, 3])
 """
 
 import operator

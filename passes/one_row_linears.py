@@ -1,7 +1,7 @@
 """A linear over one row is a matrix-vector product: a reduction that Inductor vectorises and runs at memory speed.
 
-    Before: y = linear(x, W)                        x: one row
-    After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
+Before: y = linear(x, W)                        x: one row
+After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
 """
 
 import torch

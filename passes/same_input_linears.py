@@ -1,7 +1,7 @@
 """Linears that read one input become one linear over their weights, stacked in order: [x·W₁ᵀ | x·W₂ᵀ | …] = x·[W₁; W₂; …]ᵀ.
 
-    Before: q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
-    After:  y = linear(x, fused); q, k, v = y[..., :nq], y[..., nq:nq+nk], y[..., nq+nk:]
+Before: q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
+After:  y = linear(x, fused); q, k, v = y[..., :nq], y[..., nq:nq+nk], y[..., nq+nk:]
 """
 
 from collections import defaultdict
@@ -52,7 +52,11 @@ def memory_is_not_its_own(program: Program, writes: StorageWrites, linear: Node)
 
 def weight_is_written(program: Program, writes: StorageWrites, linear: Node) -> Reason:
     written = [node for node in _parameters([linear]) if writes.is_written(node)]
-    return f"its parameter {program.weights[written[0].name].name} is written inside the graph" if written else None
+    return (
+        f"its parameter {program.weights[written[0].name].name} is written inside the graph"
+        if written
+        else None
+    )
 
 
 def output_is_written(program: Program, writes: StorageWrites, linear: Node) -> Reason:
@@ -62,7 +66,9 @@ def output_is_written(program: Program, writes: StorageWrites, linear: Node) -> 
 def weight_is_trained(program: Program, writes: StorageWrites, linear: Node) -> Reason:
     if not program.grad_enabled:
         return None
-    trained = [program.weights[n.name].name for n in _parameters([linear]) if program.weights[n.name].trainable]
+    trained = [
+        program.weights[n.name].name for n in _parameters([linear]) if program.weights[n.name].trainable
+    ]
     if not trained:
         return None
     return f"grad mode is on and {trained[0]} is trainable: call under torch.no_grad(), or freeze it"

@@ -23,7 +23,9 @@ def written_by(node: Node) -> list[Node]:
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
         value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
-        written += [v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)]
+        written += [
+            v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)
+        ]
     return written
 
 

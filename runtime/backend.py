@@ -6,11 +6,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import nn
-from torch._guards import TracingContext
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -34,14 +34,11 @@ class Session:
     report: Report = field(default_factory=Report)
     model: nn.Module | None = None
     dry_run: bool = False
+    refusals: dict[str, str] | None = None
     anonymous: bool = False
 
 
 current_session: ContextVar[Session | None] = ContextVar("fxfuse_session", default=None)
-
-
-class DryRun(Exception):
-    """Raised in place of compiling, once the report has what a dry run asks for."""
 
 
 def backend(
@@ -60,7 +57,7 @@ def backend(
     session = current_session.get() or _anonymous(example_inputs)
     try:
         return _compiled(graph_module, list(example_inputs), chosen, session)
-    except (DryRun, FxfuseError):
+    except FxfuseError:
         raise
     except Exception as error:
         if chosen.strict:
@@ -94,7 +91,7 @@ def _compiled(
     if options.strict:
         _raise_on_miss(record)
     if session.dry_run:
-        raise DryRun
+        return graph_module.forward
     if not any(outcome.matches for outcome in outcomes.values()):
         log.warning("nothing matched in a %s graph: it runs as it was%s", record.phase, _first_reason(record))
         return _counted(graph_module.forward, record)
@@ -121,14 +118,16 @@ def _program(graph_module: GraphModule, inputs: list[Any], options: Options, ses
         if isinstance(value, nn.Parameter)
     }
     names = dict(zip([n.name for n in capture.placeholders(traced)], map(_dotted_name, nodes), strict=True))
-    refused = _refusals({names[p]: value for p, value in parameters.items()}, session.model)
+    refused = session.refusals
+    if refused is None:
+        refused = refusals_of(session.model, {names[p]: value for p, value in parameters.items()})
     weights = {
         p: Weight(names[p], value.requires_grad, refused.get(names[p])) for p, value in parameters.items()
     }
     return Program(
         traced,
         weights,
-        TracingContext.get().fake_mode,
+        capture.mode_of(fakes),
         torch.is_grad_enabled(),
         copy_weights=options.weights == "copy",
     )
@@ -143,16 +142,19 @@ def _dotted_name(placeholder: Node) -> str:
     return ".".join(part for part in parts if part != "_orig_mod") or placeholder.name
 
 
-def _refusals(graph_parameters: dict[str, nn.Parameter], model: nn.Module | None) -> dict[str, str]:
+def refusals_of(
+    model: nn.Module | None, graph_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
+) -> dict[str, str]:
+    """Why some parameters of the model or of its graph must stay where they are, by name."""
     parameters = dict(graph_parameters)
-    reasons = {}
+    hooked = {}
     if model is not None:
         parameters = {**dict(model.named_parameters()), **parameters}
         for path, module in model.named_modules():
             if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-                for name, _ in module.named_parameters(recurse=False):
-                    reasons[f"{path}.{name}"] = "its module has a forward hook"
-    return {**reasons, **live_weights.refusals(parameters)}
+                for name, _ in module.named_parameters(prefix=path, recurse=False):
+                    hooked[name] = "its module has a forward hook"
+    return {**hooked, **live_weights.refusals(parameters)}
 
 
 def _with_live_weights(
@@ -244,7 +246,9 @@ def _raise_on_miss(record: GraphRecord) -> None:
             "strict=False leaves them as they are)"
         )
     if not any(outcome.matches for outcome in record.outcomes.values()):
-        raise UnsupportedModelError(f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes")
+        raise UnsupportedModelError(
+            f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes"
+        )
 
 
 def _first_reason(record: GraphRecord) -> str:

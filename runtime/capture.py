@@ -1,10 +1,12 @@
 """From Dynamo's graph to the normal form that patterns match on: pre-dispatch ATen with mutation kept."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch._guards import TracingContext
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
@@ -25,6 +27,8 @@ def fake_inputs(graph_module: GraphModule, example_inputs: Sequence[Input]) -> l
     def fake(node: Node, value: Input) -> Any:
         if not isinstance(value, torch.Tensor):
             return node.meta["example_value"]
+        if isinstance(value, FakeTensor):
+            return value
         symbolic = context.tensor_to_context.get(value)
         source = symbolic.tensor_source if symbolic is not None else None
         return mode.from_tensor(value, symbolic_context=symbolic, source=source)
@@ -32,15 +36,16 @@ def fake_inputs(graph_module: GraphModule, example_inputs: Sequence[Input]) -> l
     return [fake(n, v) for n, v in zip(placeholders(graph_module), example_inputs, strict=True)]
 
 
+def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
+    """The mode that the fakes belong to; Dynamo's own differs where it was given fakes to begin with."""
+    return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
+
+
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given is not changed."""
-    mode = next((f.fake_mode for f in fakes if hasattr(f, "fake_mode")), None)
-    with preserve_node_meta():
-        run = make_fx(lambda *args: Interpreter(graph_module).run(*args), pre_dispatch=True)
-        if mode is None:
-            return run(*fakes)
-        with mode:
-            return run(*fakes)
+    run = make_fx(lambda *args: Interpreter(graph_module).run(*args), pre_dispatch=True)
+    with preserve_node_meta(), mode_of(fakes) or nullcontext():
+        return run(*fakes)
 
 
 def carry_over(traced: GraphModule, original: GraphModule) -> None:

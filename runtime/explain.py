@@ -1,0 +1,99 @@
+"""explain(): what optimize() would do, found on tensors without memory; nothing is changed or computed."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from fxfuse.errors import FxfuseError, UnsupportedModelError
+from fxfuse.runtime import backend, leaves
+from fxfuse.runtime.optimize import compile_limits
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.report import Report
+
+PROMPT = 17
+
+
+def explain(
+    model: nn.Module,
+    *,
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    passes: str | Sequence[str] = "default",
+    weights: str = "auto",
+    inner: str = "inductor",
+    strict: bool = False,
+) -> Report:
+    """The report that optimize() would give for a prefill and the decoding of one token, under no_grad.
+
+    Args:
+        model: a model, also one on the meta device, which is taken for one on the CPU.
+        inputs: keyword arguments of one call, for a model that is not a language model; by default a prompt of 17
+            tokens with a cache, then one token.
+        passes, weights, inner, strict: as in `fxfuse.optimize`.
+
+    Raises UnsupportedModelError under strict where anything would be left alone.
+    """
+    options = Options.of({"passes": passes, "weights": weights, "inner": inner, "strict": strict})
+    leaves.install()
+    report = Report()
+    session = backend.Session(report, model, dry_run=True, refusals=backend.refusals_of(model))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = _without_memory(model, mode)
+    run = torch.compile(
+        twin, backend=backend.backend, options=options.given(), dynamic=False, **compile_limits()
+    )
+    token = backend.current_session.set(session)
+    try:
+        with mode, torch.no_grad():
+            _calls(run, twin, inputs)
+    except Exception as error:
+        own = _own(error)
+        if own is not None:
+            raise own from None
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {error}") from error
+    finally:
+        backend.current_session.reset(token)
+    return report
+
+
+def _calls(run: Any, twin: nn.Module, inputs: Mapping[str, torch.Tensor] | None) -> None:
+    if inputs is not None:
+        run(**{name: torch.empty_like(value) for name, value in inputs.items()})
+        return
+    device = next(twin.parameters()).device
+    prompt = torch.ones(1, PROMPT, dtype=torch.long, device=device)
+    out = run(input_ids=prompt, use_cache=True)
+    cache = getattr(out, "past_key_values", None)
+    if cache is not None:
+        run(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+
+
+def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """The same module tree, hooks included, over fake tensors of the same shapes, dtypes and devices."""
+    memo: dict[int, Any] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        with mode if tensor.is_meta else nullcontext():
+            fake = (
+                torch.empty_like(tensor, device="cpu")
+                if tensor.is_meta
+                else mode.from_tensor(tensor.detach())
+            )
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+    return copy.deepcopy(model, memo)
+
+
+def _own(error: BaseException | None) -> FxfuseError | None:
+    """The exception of ours that Dynamo wrapped, if there is one."""
+    while error is not None:
+        if isinstance(error, FxfuseError):
+            return error
+        inner = getattr(error, "inner_exception", None)
+        error = inner if inner is not None else error.__cause__
+    return None

@@ -25,7 +25,10 @@ def available(inner: Inner, inputs: Sequence[Any]) -> tuple[Inner, str | None]:
     """The inner backend that can run here, and why it is another one than asked for."""
     on_cpu = all(t.device.type in ("cpu", "meta") for t in inputs if isinstance(t, torch.Tensor))
     if inner == "inductor" and on_cpu and cpp_compiler_is_missing():
-        return "eager", "no C++ compiler was found, so Inductor cannot run: graphs run as they are (inner='eager')"
+        return (
+            "eager",
+            "no C++ compiler was found, so Inductor cannot run: graphs run as they are (inner='eager')",
+        )
     return inner, None
 
 

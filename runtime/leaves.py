@@ -36,13 +36,19 @@ def _unwrapped(compiler: object) -> object:
 
 @torch._dynamo.assume_constant_result
 def _capturing_for_fxfuse() -> bool:
-    return getattr(_unwrapped(InstructionTranslator.current_tx().output.compiler_fn), "captures_leaves", False)
+    return getattr(
+        _unwrapped(InstructionTranslator.current_tx().output.compiler_fn), "captures_leaves", False
+    )
 
 
 def _copy(function: types.FunctionType) -> types.FunctionType:
     """The same code under another identity: Dynamo would replace the original inside its own replacement."""
     copied = types.FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+        function.__code__,
+        function.__globals__,
+        function.__name__,
+        function.__defaults__,
+        function.__closure__,
     )
     copied.__kwdefaults__ = function.__kwdefaults__
     return copied

@@ -76,7 +76,7 @@ def optimize(
             return model
         deoptimize(model)
     if strict:
-        from fxfuse.runtime.explain import explain
+        from fxfuse.runtime.explain import explain  # which needs this module
 
         explain(model, passes=passes, weights=weights, inner=inner, strict=True)
     leaves.install()
@@ -85,7 +85,7 @@ def optimize(
         backend=backend.backend,
         options=options.given(),
         dynamic=dynamic,
-        **_compile_limits(),
+        **compile_limits(),
     )
     compiled = model._compiled_call_impl
     assert compiled is not None
@@ -95,7 +95,8 @@ def optimize(
     return model
 
 
-def _compile_limits() -> dict[str, Any]:
+def compile_limits() -> dict[str, Any]:
+    """Keywords of torch.compile that keep one model's graphs apart from another's."""
     import inspect
 
     known = inspect.signature(torch.compile).parameters
@@ -105,9 +106,7 @@ def _compile_limits() -> dict[str, Any]:
     return {}
 
 
-def _entry(
-    compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool
-) -> Callable[..., Any]:
+def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool) -> Callable[..., Any]:
     """The model's compiled call: says for whom graphs are compiled, and which sizes will vary."""
 
     def fxfuse_call(*args: Any, **kwargs: Any) -> Any:

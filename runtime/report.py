@@ -96,7 +96,9 @@ class Report:
                 for m in outcome.matches:
                     places[m.rule, _pattern(m.where), m.detail, graph.phase]["matched"].add(m.where)
                 for miss in outcome.misses:
-                    places[miss.rule, _pattern(miss.where), "left alone", graph.phase]["missed"].add(miss.where)
+                    places[miss.rule, _pattern(miss.where), "left alone", graph.phase]["missed"].add(
+                        miss.where
+                    )
         return [
             Row(
                 rule,
@@ -121,9 +123,7 @@ class Report:
             "versions": self.versions,
             "rows": [asdict(row) for row in self.rows],
             "misses": [asdict(miss) for miss in self.misses],
-            "graphs": [
-                {k: v for k, v in asdict(graph).items() if k != "outcomes"} for graph in self.graphs
-            ],
+            "graphs": [{k: v for k, v in asdict(graph).items() if k != "outcomes"} for graph in self.graphs],
             "packed_bytes": self.packed_bytes,
             "copied_bytes": self.copied_bytes,
             "calls": self.calls,
@@ -166,14 +166,13 @@ class Report:
             table.add_column(heading, overflow="fold")
         table.add_column("matched", justify="right")
         for row in self.rows:
-            table.add_row(
-                row.rule, row.where, row.detail, row.phase, f"{row.matched} of {row.candidates}"
-            )
+            table.add_row(row.rule, row.where, row.detail, row.phase, f"{row.matched} of {row.candidates}")
         return table
 
     def _summary(self) -> str:
         graphs = "; ".join(
-            f"{g.phase} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s" for g in self.graphs
+            f"{g.phase} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s"
+            for g in self.graphs
         )
         used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (

@@ -38,7 +38,9 @@ def _worst(candidate: Any, reference: Any) -> float:
         if isinstance(theirs, torch.Tensor):
             floating = theirs.is_floating_point()
             allowed = ROUNDINGS * max(torch.finfo(theirs.dtype).eps, 1e-5) if floating else 1.0
-            errors.append(relative_error(ours, theirs) / allowed if floating else 2.0 * (not torch.equal(ours, theirs)))
+            errors.append(
+                relative_error(ours, theirs) / allowed if floating else 2.0 * (not torch.equal(ours, theirs))
+            )
     return max(errors)
 
 

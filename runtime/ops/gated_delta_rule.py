@@ -131,7 +131,9 @@ def chunk_gated_delta_rule_backward(
 
     # An operator's kernel runs below autograd; torch.func brings its own.
     outs, pull = torch.func.vjp(forward, *given)
-    cotangents = tuple(torch.zeros_like(o) if d is None else d for o, d in zip(outs, (grad_out, grad_state), strict=True))
+    cotangents = tuple(
+        torch.zeros_like(o) if d is None else d for o, d in zip(outs, (grad_out, grad_state), strict=True)
+    )
     grads = [x.contiguous() for x in pull(cotangents)]
     return tuple(grads if initial_state is not None else [*grads, query.new_empty(0)])  # type: ignore[return-value]
 
