@@ -10,7 +10,6 @@ import gc
 import json
 import math
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -63,7 +62,8 @@ class Demonstration:
     """What one run found. `differences` is empty exactly when everything that must be equal is."""
 
     checkpoint: str
-    environment: dict[str, str]
+    model: str
+    device: str
     prompt_tokens: int
     new_tokens: int
     equal_tokens: int = 0
@@ -144,9 +144,8 @@ def _demonstrate(
     model = load(checkpoint, torch.float32)
     prompt = prompt_for(checkpoint, model)
     expected = generate(model, prompt, tokens, logits=True)
-    result = Demonstration(
-        checkpoint, _environment(model), prompt.shape[1], tokens, distinct_tokens=len(set(expected.tokens))
-    )
+    result = Demonstration(checkpoint, type(model).__name__, _device(model.device), prompt.shape[1], tokens)
+    result.distinct_tokens = len(set(expected.tokens))
     result.error_limit = default_slack(model.config.get_text_config().hidden_size)
     del model
 
@@ -207,7 +206,7 @@ def _demonstrate(
 def load(checkpoint: str | Path, dtype: "torch.dtype | str") -> Any:
     """The causal language model of a checkpoint, as anyone loads it, on the accelerator if there is one."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)  # type: ignore[arg-type]
+        model: Any = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"cannot load {checkpoint}: {error}") from error
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
@@ -455,47 +454,34 @@ class _Progress:
         print(f"[{time.perf_counter() - self.start:4.0f} s] {message}", file=sys.stderr, flush=True)
 
 
-def _environment(model: Any) -> dict[str, str]:
-    from importlib.metadata import version
-
-    on_cpu = model.device.type == "cpu"
-    return {
-        "model": type(model).__name__,
-        "device": f"CPU, {torch.get_num_threads()} threads" if on_cpu else torch.cuda.get_device_name(),
-        "python": platform.python_version(),
-        **{name: version(name) for name in ("torch", "transformers", "fxfuse")},
-    }
+def _device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU with {torch.get_num_threads()} threads"
 
 
 def show(result: Demonstration, out: Console) -> None:
     """Print a demonstration for people."""
-    environment = dict(result.environment)
-    out.print(f"{environment.pop('model')} from {result.checkpoint}", markup=False)
-    out.print(", ".join(f"{key} {value}" if key != "device" else value for key, value in environment.items()))
-    out.print(f"prompt of {result.prompt_tokens} tokens, {result.new_tokens} new tokens, greedy, batch 1\n")
+    out.print(f"{result.model} from {result.checkpoint}", markup=False)
+    out.print(
+        f"{result.device}; prompt of {result.prompt_tokens} tokens, {result.new_tokens} new ones, greedy\n"
+    )
 
     out.print(str(result.report), markup=False)
     if not result.report.misses:
         out.print("left alone: nothing that any pass could have matched")
 
-    equality = Table(box=None, pad_edge=False, show_header=False)
-    equality.add_row(
-        "fp32 tokens equal to eager's",
-        f"{result.equal_tokens} of {result.new_tokens} ({result.distinct_tokens} distinct)",
-    )
-    equality.add_row(
-        "bf16 RMS error of logits against fp32",
-        f"fxfuse {result.fxfuse_error:.5f}, eager {result.eager_error:.5f}"
-        f" (limit {result.error_limit} times eager's)",
-    )
-    equality.add_row(
-        "weights after deoptimize()",
-        f"{len(result.weights_changed)} tensors changed"
-        if result.weights_changed
-        else "bit-equal to the files",
-    )
+    changed = len(result.weights_changed)
+    lines = {
+        "fp32 tokens equal to eager's": f"{result.equal_tokens} of {result.new_tokens}"
+        f" ({result.distinct_tokens} distinct ones)",
+        "bf16 RMS error of logits": f"{result.fxfuse_error:.5f}, eager's own {result.eager_error:.5f}"
+        f" (against fp32; at most {result.error_limit} times eager's)",
+        "weights after deoptimize()": f"{changed} tensors changed" if changed else "bit-equal to the files",
+    }
     out.print()
-    out.print(equality)
+    for name, value in lines.items():
+        out.print(f"{name:<30}{value}", markup=False)
 
     times = Table(box=None, pad_edge=False)
     for heading in ("bf16", "ms per token", "ms for the prompt", "compile seconds", "pays after"):
@@ -517,11 +503,8 @@ def show(result: Demonstration, out: Console) -> None:
 
 
 def _time_row(timing: Timing) -> tuple[str, ...]:
-    pays = {None: "never", 0: "-"}.get(timing.pays_after_tokens, f"{timing.pays_after_tokens:,} tokens")
-    return (
-        timing.name,
-        f"{timing.seconds_per_token * 1e3:.1f}",
-        f"{timing.prompt_seconds * 1e3:.1f}",
-        f"{timing.compile_seconds:.1f}" if timing.name != EAGER else "-",
-        pays if timing.name != EAGER else "-",
-    )
+    times = [f"{timing.seconds_per_token * 1e3:.1f}", f"{timing.prompt_seconds * 1e3:.1f}"]
+    if timing.name == EAGER:
+        return (timing.name, *times, "-", "-")
+    pays = "never" if timing.pays_after_tokens is None else f"{timing.pays_after_tokens:,} tokens"
+    return (timing.name, *times, f"{timing.compile_seconds:.1f}", pays)
