@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxfuse.errors import OptionError
-from fxfuse.passes import one_row_linears, same_input_linears
+from fxfuse.passes import layout_chains, one_row_linears, same_input_linears
 from fxfuse.passes.normalise import normalise
 from fxfuse.passes.outcome import Miss, Outcome
 from fxfuse.passes.program import Program
@@ -27,6 +27,7 @@ class Pass:
 
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
+    Pass("layout_chains", layout_chains.run),
     Pass("one_row_linears", one_row_linears.run, for_inductor=True),
 )
 

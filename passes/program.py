@@ -113,6 +113,43 @@ class Program:
                 return self.weights[min(common)].name
         return None
 
+    def fused_as(self, parameter: Node) -> FusedWeight | None:
+        """How this placeholder is filled, None for one that was there from the start."""
+        return next((fused for fused in self.fused if fused.placeholder == parameter.name), None)
+
+    def name_of(self, parameter: Node) -> str:
+        """The name of a weight without its last part, also of a fused one; empty for what is no parameter."""
+        fused, weight = self.fused_as(parameter), self.weights.get(parameter.name)
+        name = fused.transform.target.name if fused is not None else weight.name if weight is not None else ""
+        return name.rpartition(".")[0] or name
+
+    def members_of(self, parameter: Node) -> tuple[str, ...]:
+        """Names of the parameters that a weight consists of."""
+        fused = self.fused_as(parameter)
+        placeholders = (parameter.name,) if fused is None else fused.members
+        return tuple(self.weights[name].name for name in placeholders)
+
+    def permuted(self, parameter: Node, order: Sequence[int]) -> Node:
+        """The placeholder of a copy of this weight with its rows in another order."""
+        fused = self.fused_as(parameter)
+        own = self.members_of(parameter)[0]
+        value = parameter.meta["val"]
+        rows = RowMap.identity(own, value.shape[0]) if fused is None else fused.transform.rows
+        module, _, leaf = (own if fused is None else fused.transform.target.name).rpartition(".")
+        spec = TensorSpec(f"{module}_permuted.{leaf}", tuple(value.shape), dtype_name(value.dtype))
+        transform = Transform(spec, RowMap.permute("rows", order).compose(rows))
+        placeholders = {p.name: p for p in self.placeholders()}
+        members = [parameter] if fused is None else [placeholders[name] for name in fused.members]
+        return self.add_fused_weight(transform, members, shares_memory=False)
+
+    def drop_unused_weights(self) -> None:
+        """Forget fused weights that no node reads any more."""
+        for node in self.placeholders():
+            fused = self.fused_as(node)
+            if fused is not None and not node.users:
+                self.fused.remove(fused)
+                self.graph.erase_node(node)
+
     def plan(self) -> WeightPlan:
         """The weight transforms of everything fused so far, as one plan over the names in the state dict."""
         by_name = {node.name: node.meta["val"] for node in self.placeholders()}

@@ -15,11 +15,11 @@ import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
 from fxfuse.runtime.families import FAMILIES
-from fxfuse.runtime.ops import gated_delta_rule  # registers the operators
+from fxfuse.runtime import ops  # registers the operators
 
 __all__ = ["install"]
 
-assert gated_delta_rule  # imported for what it registers
+assert ops  # imported for what it registers
 _installed: set[tuple[str, str]] = set()
 _lock = Lock()
 

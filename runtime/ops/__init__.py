@@ -1,1 +1,5 @@
-"""Named operations: schema, reference, fake implementation and kernel, one file each."""
+"""Named operations: schema, reference, fake implementation and kernel, one file each; importing registers them."""
+
+from fxfuse.runtime.ops import gated_delta_rule, gather_features
+
+__all__ = ["gated_delta_rule", "gather_features"]
