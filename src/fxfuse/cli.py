@@ -151,7 +151,8 @@ def bench(
     folder = Path(__file__).parents[2] / "bench"
     if not (folder.parent / "pyproject.toml").is_file():
         raise OptionError("benchmarks are not installed with the package: run this from a source checkout")
-    known = sorted(file.stem for file in folder.glob("*.py") if not file.stem.startswith("_"))
+    # The harness that they share lies beside them.
+    known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "harness")
     if name is None:
         typer.echo("\n".join(known) if known else f"no benchmarks in {folder} yet")
     elif name not in known:

@@ -104,7 +104,7 @@ class TestBench:
         assert out.read_text() == "--size small x"
 
     def test_without_a_name_they_are_listed(self, checkout: Path) -> None:
-        for name in ("speed", "memory", "_shared"):
+        for name in ("speed", "memory", "harness"):
             (checkout / "bench" / f"{name}.py").touch()
         assert run("bench")[1].split() == ["memory", "speed"]
 
