@@ -169,7 +169,8 @@ def _with_live_weights(
     ]
     weights = live_weights.LiveWeights(slots, [[position[m] for m in f.members] for f in program.fused])
     members = {position[m] for f in program.fused if f.shares_memory for m in f.members}
-    report = session.report
+    # Dynamo keeps compiled calls for as long as the code of a model's class: they may not hold the model.
+    report, anonymous = session.report, session.anonymous
 
     def call(*args: Any) -> Any:
         record.calls += 1
@@ -180,7 +181,7 @@ def _with_live_weights(
                 report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
             )
             report.copied_bytes = weights.copied_bytes
-            if session.anonymous and report.packed_bytes:
+            if anonymous and report.packed_bytes:
                 _say_packed(report)
         return run(*args, *tensors)
 
