@@ -94,11 +94,17 @@ def inspect(checkpoint: Checkpoint) -> None:
 
 @app.command()
 def explain(checkpoint: Checkpoint) -> None:
-    """Say what the passes would match in a checkpoint's model, and why the rest is left alone."""
-    import fxfuse
-    from fxfuse.runtime.demo import load
+    """Say what the passes would match in a checkpoint's model, and what is left alone. Reads no weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    typer.echo(str(fxfuse.explain(load(checkpoint, "auto"))))
+    import fxfuse
+    from fxfuse.runtime.headers import read_config
+
+    read_config(checkpoint)  # a folder without one is our error, and shorter than transformers'
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    typer.echo(str(fxfuse.explain(model)))
 
 
 @app.command()

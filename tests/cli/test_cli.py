@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from fxfuse import cli
 from fxfuse.errors import CheckpointError
+from fxfuse.runtime.random_checkpoint import random_checkpoint
 
 VERBS = ["inspect", "explain", "convert", "verify", "demo", "bench"]
 
@@ -60,13 +61,28 @@ def test_the_module_runs_as_the_command() -> None:
     assert result.stdout.startswith("fxfuse ")
 
 
-def test_an_fxfuse_error_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
-    code, out, err = run("inspect", str(tmp_path / "nothing"))
+@pytest.mark.parametrize("verb", ["inspect", "explain", "demo"])
+def test_an_fxfuse_error_is_one_line_and_exit_code_2(verb: str, tmp_path: Path) -> None:
+    code, out, err = run(verb, str(tmp_path / "nothing"))
     assert code == 2
     assert out == ""
-    assert err.startswith("fxfuse: ")
-    assert err.count("\n") == 1
-    assert "nothing" in err
+    lines = [line for line in err.splitlines() if not line.startswith("[")]  # [   0 s] is the demo's progress
+    assert len(lines) == 1
+    assert lines[0].startswith("fxfuse: ")
+    assert "nothing" in lines[0]
+
+
+def test_inspect_and_explain_describe_a_checkpoint_without_its_weights(tmp_path: Path) -> None:
+    folder = random_checkpoint("small", cache=tmp_path, progress=False)
+    code, out, err = run("inspect", str(folder))
+    assert code == 0, err
+    assert "91 tensors" in out
+    assert "layers.{0-2}.linear_attn.in_proj_qkv_z_b_a.weight" in out
+    for shard in folder.glob("*.safetensors"):
+        shard.unlink()
+    code, out, err = run("explain", str(folder))
+    assert code == 0, err
+    assert "model.layers.{0..2}.linear_attn" in out
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
