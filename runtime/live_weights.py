@@ -1,9 +1,9 @@
 """Fused weights that share memory with the parameters they are made of, and are never stale.
 
-A packed weight owns one tensor; each parameter becomes a view of its rows with a storage object of its own (through
-DLPack), so that names, values, `state_dict` and every way of saving stay what they were. What breaks the sharing
-(`.to()`, `load_state_dict(assign=True)`, `param.data = …`, another Parameter object) moves a data pointer; the caller of
-a compiled graph compares the pointers and packs again.
+A packed weight owns one tensor; each parameter becomes a view of its rows with a storage object of its own
+(through DLPack), so that names, values, `state_dict` and every way of saving stay what they were. What breaks the
+sharing (`.to()`, `load_state_dict(assign=True)`, `param.data = …`, another Parameter object) moves a data pointer;
+the caller of a compiled graph compares the pointers and packs again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lock = RLock()
 
 
 class Packed:
-    """Where the members of one fused weight lie; the memory itself belongs to them and goes with the last of them."""
+    """Where the members of one fused weight lie; the memory belongs to them and goes with the last of them."""
 
     def __init__(self, members: Sequence[Tensor], tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
@@ -107,7 +107,7 @@ class SharedSlot:
 
 
 class CopiedSlot:
-    """One fused input whose rows are in another order than its members': a copy, renewed when a member changes."""
+    """One fused input with rows in another order than its members': a copy, renewed when a member changes."""
 
     def __init__(self, fused: FusedWeight, names: Sequence[str]) -> None:
         self._names = list(names)
@@ -149,9 +149,12 @@ class LiveWeights:
         """The fused inputs for a call with these arguments; packs first where a member has moved."""
         marks = self._marks(args)
         filled = self._filled
-        if filled is None or filled[0] != marks:
-            filled = self._fill(args)
-        return [tensor() for tensor in filled[1]]
+        if filled is not None and filled[0] == marks:
+            tensors = [tensor() for tensor in filled[1]]
+            # An allocator may give memory that was freed, addresses and all, to tensors that share nothing.
+            if all(tensor is not None for tensor in tensors):
+                return tensors
+        return self._fill(args)
 
     def _marks(self, args: Sequence[Any]) -> list[int]:
         marks = [t.data_ptr() for t in self._shared(args)]
@@ -159,12 +162,12 @@ class LiveWeights:
             marks += slot.marks(members(args))
         return marks
 
-    def _fill(self, args: Sequence[Any]) -> tuple[list[int], list[Callable[[], Tensor | None]]]:
+    def _fill(self, args: Sequence[Any]) -> list[Tensor | None]:
         with _lock, torch.inference_mode(False), torch.no_grad():
-            tensors = [slot.fill(members(args)) for slot, members in self._slots]
-            self._filled = filled = (self._marks(args), tensors)
+            getters = [slot.fill(members(args)) for slot, members in self._slots]
+            self._filled = (self._marks(args), getters)
             self.packs += 1
-        return filled
+            return [tensor() for tensor in getters]
 
     @property
     def copied_bytes(self) -> int:
