@@ -4,6 +4,8 @@ import io
 import json
 import math
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -204,10 +206,11 @@ class TestRun:
 
     @pytest.fixture
     def optimized(self, monkeypatch: pytest.MonkeyPatch) -> list[PreTrainedModel]:
-        """Models given to optimize(); they stay eager, and their reports say that a graph ran."""
+        """Models given to optimize(); they stay as they are, and their reports say that a graph ran."""
         models: list[PreTrainedModel] = []
 
-        def optimize(self: PreTrainedModel) -> PreTrainedModel:
+        def optimize(self: PreTrainedModel, inner: str) -> PreTrainedModel:
+            assert inner == "eager"
             models.append(self)
             return self
 
@@ -241,11 +244,12 @@ class TestRun:
         result, text = self.run(toy)
         assert set(result.timings) == {EAGER, FXFUSE}
         assert "torch.compile: not timed. no C++ compiler" in text
+        assert 'inner="eager"' in text
 
     def test_a_model_that_computes_something_else_fails(
         self, toy: str, optimized: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def spoil(self: PreTrainedModel) -> PreTrainedModel:
+        def spoil(self: PreTrainedModel, inner: str) -> PreTrainedModel:
             with torch.no_grad():
                 self.get_decoder().norm.weight.sub_(2)
             return self
@@ -285,7 +289,20 @@ def test_the_command_exits_with_1_if_anything_differs(
 
 @pytest.mark.slow
 @pytest.mark.inductor
-def test_the_small_demo_finds_no_difference(tmp_path: Path) -> None:
+def test_the_small_demo_finds_no_difference_with_a_compiler(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["demo", "--tokens", "16", "--cache", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "16 of 16" in result.output
+
+
+@pytest.mark.slow
+def test_the_small_demo_finds_no_difference_without_a_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    command = [sys.executable, "-m", "fxfuse", "demo", "--tokens", "8", "--cache", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "8 of 8" in result.stdout
+    assert "torch.compile: not timed. Inductor cannot compile here" in result.stdout
