@@ -1,8 +1,8 @@
 """Features of a tensor picked in regular blocks: the layout half of a split→reshape→cat chain, as one node.
 
-A block (start, run, stride, count) is the features start + i·stride + j for i < count, j < run, in that order. One block
-whose (count, run) is the wanted shape is a strided view; everything else is one copy. The operator is composite: it
-stays one node in a captured graph, and AOTAutograd and Inductor see through it.
+A block (start, run, stride, count) is the features start + i·stride + j for i < count, j < run, in that
+order. One block whose (count, run) is the wanted shape is a strided view; everything else is one copy. The
+operator is composite: it stays one node in a captured graph, and AOTAutograd and Inductor see through it.
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ def _view(x: Tensor, start: int, run: int, stride: int, count: int) -> Tensor:
 
 
 def gather_features(x: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Features of x [..., N] in the order of the blocks (four numbers each), as [..., *shape]; a view where it can be."""
+    """Features of x [..., N] in the order of the blocks, four numbers each, as [..., *shape]; a view if possible."""
     views = [_view(x, *blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
     if len(views) == 1 and tuple(views[0].shape[-2:]) == tuple(shape):
         return views[0]
