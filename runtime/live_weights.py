@@ -1,9 +1,9 @@
 """Fused weights that share memory with the parameters they are made of, and are never stale.
 
 A packed weight owns one tensor; each parameter becomes a view of its rows with a storage object of its own
-(through DLPack), so that names, values, `state_dict` and every way of saving stay what they were. What breaks the
-sharing (`.to()`, `load_state_dict(assign=True)`, `param.data = …`, another Parameter object) moves a data pointer;
-the caller of a compiled graph compares the pointers and packs again.
+(through DLPack), so that names, values, `state_dict` and every way of saving stay what they were. What breaks
+the sharing (`.to()`, `load_state_dict(assign=True)`, `param.data = …`, another Parameter object) moves a data
+pointer; the caller of a compiled graph compares the pointers and packs again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _lock = RLock()
 
 
 class Packed:
-    """Where the members of one fused weight lie; the memory belongs to them and goes with the last of them."""
+    """Where the members of one fused weight lie; the memory is theirs and goes with the last of them."""
 
     def __init__(self, members: Sequence[Tensor], tensor: Tensor) -> None:
         self.tensor = weakref.ref(tensor)
