@@ -1,51 +1,71 @@
 """One spelling for what means the same, before any pattern looks.
 
-Before: y = to(x, x.dtype); z = view(y, [2, 3]); dead = x + 1
+Before: y = to(x, x.dtype); z = view(y, [2, 3]); z2 = reshape(y, [2, -1]); dead = x + 1
 After:  z = reshape(x, [2, 3])
 """
 
 import operator
+from collections import defaultdict
 
 import torch
 from torch.fx import Node
 
+from fxfuse.passes.modes import sets_grad_mode
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, written_by
+from fxfuse.passes.storage_writes import StorageWrites, same_memory, written_by
 from fxfuse.patterns import ops
 
 
 def normalise(program: Program) -> None:
     """Rewrite the graph in place; values and writes stay what they were."""
+    _drop_idle_switches(program)
     _fold_identities(program)
+    _one_view_of_each(program)
     _one_reshape(program)
     _drop_dead_nodes(program)
     program.graph.lint()
 
 
-def _is_same_memory(node: Node, source: Node) -> bool:
-    value, given = node.meta.get("val"), source.meta.get("val")
-    return (
-        isinstance(value, torch.Tensor)
-        and isinstance(given, torch.Tensor)
-        and value.untyped_storage()._cdata == given.untyped_storage()._cdata
-        and (value.dtype, value.stride(), value.storage_offset())
-        == (given.dtype, given.stride(), given.storage_offset())
-        and value.shape == given.shape
-        and value.requires_grad == given.requires_grad
-    )
+def _drop_idle_switches(program: Program) -> None:
+    """set_grad_enabled(False) where it is off already -> nothing."""
+    grad = program.grad_enabled
+    for node in list(program.graph.nodes):
+        if not sets_grad_mode(node):
+            continue
+        if node.args[0] == grad:
+            program.graph.erase_node(node)
+        else:
+            grad = bool(node.args[0])
 
 
 def _fold_identities(program: Program) -> None:
     """to(x, x.dtype) -> x, alias(x) -> x: where the result is the very memory of the input."""
     for node in program.calls(*ops.MAYBE_IDENTITY):
         source = node.args[0]
-        if isinstance(source, Node) and _is_same_memory(node, source):
+        if isinstance(source, Node) and same_memory(node, source):
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
 
 
+def _one_view_of_each(program: Program) -> None:
+    """view(x, s), reshape(x, s) -> one of them, and x itself where s is its shape."""
+    writes, (output,) = StorageWrites(program.graph), program.graph.find_nodes(op="output")
+    bases: dict[Node, Node] = {}
+    views: dict[Node, list[Node]] = defaultdict(list)
+    for node in program.calls(*ops.VIEWS):
+        source = node.args[0]
+        if not isinstance(source, Node) or writes.is_written(node) or output in node.users:
+            continue
+        base = bases[node] = bases.get(source, source)
+        same = next((other for other in (base, *views[base]) if same_memory(node, other)), None)
+        if same is None:
+            views[base].append(node)
+        else:
+            node.replace_all_uses_with(same)
+
+
 def _one_reshape(program: Program) -> None:
-    """view(x, s) -> reshape(x, s): unless somebody writes to that memory, when a copy would lose the write."""
+    """view(x, s) -> reshape(x, s): unless that memory is written, when a copy would lose the write."""
     writes = StorageWrites(program.graph)
     for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
         if not writes.is_written(node):

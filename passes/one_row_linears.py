@@ -1,4 +1,4 @@
-"""A linear over one row is a matrix-vector product: a reduction that Inductor vectorises and runs at memory speed.
+"""A linear over one row is a reduction, which Inductor vectorises and runs at the speed of memory.
 
 Before: y = linear(x, W)                        x: one row
 After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
@@ -9,7 +9,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.outcome import Match, Outcome
-from fxfuse.passes.program import Program, common_module, module_path
+from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.same_input_linears import bias_of, weight_of
 from fxfuse.patterns import ops
 
@@ -18,6 +18,8 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def has_one_row(linear: Node) -> bool:
+    if weight_of(linear).meta["val"].dim() != 2:
+        return False
     rows = linear.args[0].meta["val"].shape[:-1]  # type: ignore[union-attr]
     return all(statically_known_true(size == 1) for size in rows)
 
@@ -58,8 +60,10 @@ def run(program: Program) -> Outcome:
     for linear in program.calls(ops.LINEAR):
         if not (has_one_row(linear) and runs_on_cpu(linear) and is_inference(program, linear)):
             continue
-        weight = program.weights.get(weight_of(linear).name)
-        where = weight.name if weight is not None else module_path(linear)
+        weight = weight_of(linear)
+        name = program.name_of(weight)
+        members = program.members_of(weight) if name else ()
         _replace(program, linear)
-        outcome.matches.append(Match(RULE, where, (where,), "1 linear → 1 reduction"))
+        where = name or module_path(linear) or linear.name
+        outcome.matches.append(Match(RULE, where, members, "1 linear → 1 reduction"))
     return outcome

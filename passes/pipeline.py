@@ -17,7 +17,7 @@ log = logging.getLogger("fxfuse")
 class Pass:
     """A rewrite by name: `run` changes the program it is given and says what it did.
 
-    A pass that is `for_inductor` writes what a compiler turns into fast code and an interpreter into slow code.
+    A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow.
     """
 
     name: str

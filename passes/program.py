@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from itertools import takewhile
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from fxfuse.passes.modes import switches_mode
 from fxfuse.passes.weights.naming import fused_name
 from fxfuse.passes.weights.plan import TensorSpec, Transform, WeightPlan
 from fxfuse.passes.weights.row_map import RowMap
@@ -45,7 +46,7 @@ class FusedWeight:
 
 @dataclass
 class Program:
-    """A graph whose inputs are all placeholders; `weights` names those that are parameters, by placeholder."""
+    """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder."""
 
     graph_module: GraphModule
     weights: dict[str, Weight]
@@ -92,7 +93,7 @@ class Program:
         return node
 
     def stack(self, parameters: Sequence[Node]) -> Node:
-        """The placeholder of these parameters stacked by rows, in order; one placeholder for one such stack."""
+        """The placeholder of these parameters stacked by rows, in order; the same one for the same stack."""
         members = tuple(p.name for p in parameters)
         for fused in self.fused:
             if fused.members == members:
@@ -105,7 +106,7 @@ class Program:
         return self.add_fused_weight(transform, parameters, shares_memory=True)
 
     def fused_elsewhere(self, parameters: Sequence[Node]) -> str | None:
-        """The name of a parameter that another fused weight has claimed; memory can be laid out one way only."""
+        """The name of a parameter that another fused weight has claimed: memory is laid out one way only."""
         names = tuple(p.name for p in parameters)
         for fused in self.fused:
             common = set(fused.members) & set(names)
@@ -161,25 +162,43 @@ class Program:
         return WeightPlan(tuple(dict.fromkeys(sources)), tuple(f.transform for f in self.fused))
 
     def refresh(self) -> None:
-        """Recompute `meta["val"]` of new nodes and of everything whose inputs changed shape, stride or memory."""
+        """Recompute `meta["val"]` of new nodes and of those whose inputs changed shape, stride or memory."""
         changed: set[Node] = set()
+        modes: dict[Node, Any] = {}
+
+        def value_of(node: Node) -> Any:
+            return modes[node] if node in modes else self._value(node)
+
         with self.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
-            for node in self.graph.nodes:
-                if node.op != "call_function":
-                    continue
-                if "val" in node.meta and changed.isdisjoint(node.all_input_nodes):
-                    continue
-                args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                value = node.target(*args, **kwargs)
-                if _signature(value) != _signature(node.meta.get("val")):
-                    changed.add(node)
-                node.meta["val"] = value
+            try:
+                for node in self.graph.nodes:
+                    if node.op != "call_function":
+                        continue
+                    switch = switches_mode(node)
+                    if not switch and "val" in node.meta and changed.isdisjoint(node.all_input_nodes):
+                        continue
+                    args, kwargs = map_arg((node.args, node.kwargs), value_of)
+                    value = node.target(*args, **kwargs)
+                    if switch:
+                        modes[node] = value
+                        modes.update(dict.fromkeys(node.all_input_nodes))
+                        continue
+                    if _signature(value) != _signature(node.meta.get("val")):
+                        changed.add(node)
+                    node.meta["val"] = value
+            finally:
+                for entered in modes.values():
+                    if isinstance(entered, torch.autocast):
+                        entered.__exit__(None, None, None)
 
-
-def common_module(names: Sequence[str]) -> str:
-    """The longest dotted path that these parameter names share."""
-    columns = zip(*(name.split(".") for name in names), strict=False)
-    return ".".join(column[0] for column in takewhile(lambda c: len(set(c)) == 1, columns))
+    def _value(self, node: Node) -> Any:
+        """The value of a node; a constant that tracing gave none gets one that belongs to the fake mode."""
+        if "val" not in node.meta and node.op == "get_attr":
+            value = attrgetter(str(node.target))(self.graph_module)
+            if isinstance(value, torch.Tensor) and self.fake_mode is not None:
+                value = self.fake_mode.from_tensor(value, static_shapes=True)
+            node.meta["val"] = value
+        return node.meta["val"]
 
 
 def module_path(node: Node) -> str:
@@ -202,5 +221,6 @@ def _signature(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return tuple(_signature(v) for v in value)
     if isinstance(value, torch.Tensor):
-        return value.dtype, tuple(value.shape), value.stride(), value.untyped_storage()._cdata
+        # the memory first: where it differs, symbolic sizes are not compared, which would add guards
+        return value.untyped_storage()._cdata, value.dtype, tuple(value.shape), value.stride()
     return value

@@ -1,19 +1,22 @@
-"""Linears that read one input become one linear over their weights, stacked in order: [x·W₁ᵀ | x·W₂ᵀ | …] = x·[W₁; W₂; …]ᵀ.
+"""Linears that read one input become one, their weights stacked: [x·W₁ᵀ | x·W₂ᵀ | …] = x·[W₁; W₂; …]ᵀ.
 
 Before: q = linear(x, Wq); k = linear(x, Wk); v = linear(x, Wv)
 After:  y = linear(x, fused); q, k, v = y[..., :nq], y[..., nq:nq+nk], y[..., nq+nk:]
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
+from fxfuse.passes.modes import modes
 from fxfuse.passes.outcome import Match, Miss, Outcome
-from fxfuse.passes.program import Program, common_module, module_path
-from fxfuse.passes.storage_writes import StorageWrites, storage_of
+from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.storage_writes import StorageWrites, same_memory, storage_of, written_by
+from fxfuse.passes.weights.naming import fused_name
 from fxfuse.patterns import ops
 
 RULE = "same_input_linears"
@@ -74,7 +77,29 @@ def weight_is_trained(program: Program, writes: StorageWrites, linear: Node) -> 
     return f"grad mode is on and {trained[0]} is trainable: call under torch.no_grad(), or freeze it"
 
 
-GUARDS = (weight_is_computed, memory_is_not_its_own, weight_is_written, output_is_written, weight_is_trained)
+def shape_is_unusual(program: Program, writes: StorageWrites, linear: Node) -> Reason:
+    """A vector as the weight gives no last dimension, a bias may be broadcast: neither can be stacked."""
+    weight, bias = weight_of(linear).meta["val"], bias_of(linear)
+    if weight.dim() != 2 or weight.numel() == 0:
+        return f"its weight has the shape {tuple(weight.shape)}, where rows and columns are needed"
+    if bias is None:
+        return None
+    value = bias.meta["val"]
+    if tuple(value.shape) != (weight.shape[0],) or value.dtype != weight.dtype:
+        return (
+            f"its bias is {value.dtype} {list(value.shape)}, its weight {weight.dtype} {list(weight.shape)}"
+        )
+    return None
+
+
+GUARDS = (
+    weight_is_computed,
+    memory_is_not_its_own,
+    weight_is_written,
+    output_is_written,
+    weight_is_trained,
+    shape_is_unusual,
+)
 
 
 @dataclass(frozen=True)
@@ -99,19 +124,56 @@ class Kind:
         return "it has a bias, the others have none" if other.bias else "it has no bias, the others have one"
 
 
-def _groups(program: Program, writes: StorageWrites) -> list[list[Node]]:
-    """Linears by the value they read: the same node, with no write to its memory in between."""
-    by_input: dict[tuple[Node, int], list[Node]] = defaultdict(list)
+def _before_writes(source: Node) -> Node:
+    """The node that in-place calls, each of which hands back what it has written to, started from."""
+    while (written := written_by(source)) and same_memory(source, written[0]):
+        source = written[0]
+    return source
+
+
+def _groups(program: Program, writes: StorageWrites) -> tuple[list[list[Node]], list[tuple[Node, str]]]:
+    """Linears that read one value, with no write to it and no switch of modes between; those parted by one."""
+    by_input: dict[Node, dict[tuple[int, Hashable], list[Node]]] = defaultdict(lambda: defaultdict(list))
+    mode = modes(program.graph, program.grad_enabled)
     for linear in program.calls(ops.LINEAR):
         source = linear.args[0]
         if isinstance(source, Node):
-            by_input[source, writes.version(source, linear)].append(linear)
-    return [group for group in by_input.values() if len(group) > 1]
+            state = writes.version(source, linear), mode[linear]
+            by_input[_before_writes(source)][state].append(linear)
+    groups: list[list[Node]] = []
+    left: list[tuple[Node, str]] = []
+    for source, states in by_input.items():
+        first = next(iter(states))
+        for (version, modes_then), linears in states.items():
+            if len(linears) > 1:
+                groups.append(linears)
+            elif version != first[0]:
+                write = writes.write_before(source, linears[0])
+                left.append((linears[0], f"its input {source.name} is written by {write} before it"))
+            elif modes_then != first[1]:
+                left.append(
+                    (linears[0], "it runs under another grad or autocast mode than the linears before it")
+                )
+    return groups, left
 
 
 def _where(program: Program, linear: Node) -> str:
-    weight = program.weights.get(weight_of(linear).name)
-    return weight.name if weight is not None else module_path(linear) or linear.name
+    return program.name_of(weight_of(linear)) or module_path(linear) or linear.name
+
+
+def _layout_matters(program: Program) -> set[int | None]:
+    """The storages that leave the graph or are read by strides: there the memory stays laid out as it was."""
+    found = set()
+    for node in program.graph.nodes:
+        if node.op == "output" or _reads_strides(node):
+            found |= {storage_of(value) for value in node.all_input_nodes}
+    return found
+
+
+def _reads_strides(node: Node) -> bool:
+    if isinstance(node.target, OpOverload):
+        return str(node.target) in ops.STRIDE_READERS or node.target.namespace not in ("aten", "fxfuse")
+    return isinstance(node.target, HigherOrderOperator)
 
 
 def _partition(
@@ -123,10 +185,11 @@ def _partition(
     seen: set[int | None] = set()
     for linear in linears:
         reason = next((r for guard in GUARDS if (r := guard(program, writes, linear)) is not None), None)
-        if reason is None and storage_of(weight_of(linear)) in seen:
-            reason = "its weight is shared with another linear of the group"
+        memory = {storage_of(parameter) for parameter in _parameters([linear])}
+        if reason is None and not seen.isdisjoint(memory):
+            reason = "its weight or bias is shared with another linear of the group"
         if reason is None:
-            seen.add(storage_of(weight_of(linear)))
+            seen |= memory
             kinds[Kind.of(linear)].append(linear)
         else:
             left.append((linear, reason))
@@ -139,11 +202,12 @@ def _partition(
     return [group for group in kinds.values() if len(group) > 1], left
 
 
-def _merge(program: Program, linears: Sequence[Node]) -> None:
+def _merge(program: Program, linears: Sequence[Node], keep_layout: Collection[int | None]) -> str:
+    """Put one linear in the place of several; returns the module name of its weight."""
     weights = [weight_of(n) for n in linears]
     biases = [b for n in linears if (b := bias_of(n)) is not None]
     fused = [program.stack(parameters) for parameters in (weights, biases) if parameters]
-    graph, escaping = program.graph, set(program.graph.find_nodes(op="output")[0].all_input_nodes)
+    graph = program.graph
     with graph.inserting_before(linears[0]):
         whole = graph.call_function(torch.ops.aten.linear.default, (linears[0].args[0], *fused))
         whole.meta["nn_module_stack"] = linears[0].meta.get("nn_module_stack", {})
@@ -152,7 +216,7 @@ def _merge(program: Program, linears: Sequence[Node]) -> None:
             stop = start + weight.meta["val"].shape[0]
             part = graph.call_function(torch.ops.aten.slice.Tensor, (whole, -1, start, stop))
             part.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
-            if linear in escaping:  # the caller gets memory of its own, laid out as before
+            if storage_of(linear) in keep_layout:
                 part = graph.call_function(
                     torch.ops.aten.clone.default, (part,), {"memory_format": torch.contiguous_format}
                 )
@@ -160,20 +224,37 @@ def _merge(program: Program, linears: Sequence[Node]) -> None:
             start = stop
     for linear in linears:
         graph.erase_node(linear)
+    return program.name_of(fused[0])
+
+
+def _obstacle(program: Program, group: Sequence[Node]) -> Reason:
+    """Why a whole group cannot become one weight, or None."""
+    weights = [weight_of(n) for n in group]
+    biases = [b for n in group if (b := bias_of(n)) is not None]
+    for parameters in filter(None, (weights, biases)):
+        overlap = program.fused_elsewhere(parameters)
+        if overlap is not None:
+            return f"{overlap} is already part of another fused weight"
+        name = fused_name([program.weights[p.name].name for p in parameters])
+        if any(weight.name == name for weight in program.weights.values()):
+            return f"the name {name} of the fused weight is taken by another parameter"
+    return None
 
 
 def run(program: Program) -> Outcome:
     """Merge every group that may be merged; report every linear that stays, with the node and the reason."""
-    outcome, writes = Outcome(), StorageWrites(program.graph)
-    for linears in _groups(program, writes):
-        groups, left = _partition(program, writes, linears)
+    outcome, writes, keep_layout = Outcome(), StorageWrites(program.graph), _layout_matters(program)
+    candidates, left = _groups(program, writes)
+    for linears in candidates:
+        groups, stay = _partition(program, writes, linears)
+        left += stay
         for group in groups:
-            overlap = program.fused_elsewhere(_parameters(group))
-            if overlap is not None:
-                left.append((group[0], f"{overlap} is already part of another fused weight"))
+            obstacle = _obstacle(program, group)
+            if obstacle is not None:
+                left += [(linear, obstacle) for linear in group]
                 continue
             members = tuple(program.weights[weight_of(n).name].name for n in group)
-            _merge(program, group)
-            outcome.matches.append(Match(RULE, common_module(members), members, f"{len(group)} linears → 1"))
-        outcome.misses += [Miss(RULE, _where(program, linear), linear.name, why) for linear, why in left]
+            where = _merge(program, group, keep_layout)
+            outcome.matches.append(Match(RULE, where, members, f"{len(group)} linears → 1"))
+    outcome.misses += [Miss(RULE, _where(program, linear), linear.name, why) for linear, why in left]
     return outcome

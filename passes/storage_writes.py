@@ -2,9 +2,15 @@
 
 from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.patterns import ops
 
 
 def storage_of(node: Node) -> int | None:
@@ -13,14 +19,42 @@ def storage_of(node: Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
 
 
+def same_memory(node: Node, other: Node) -> bool:
+    """Whether two nodes are the same elements of the same memory, whatever sizes their symbols stand for."""
+    a, b = node.meta.get("val"), other.meta.get("val")
+    return (
+        isinstance(a, torch.Tensor)
+        and isinstance(b, torch.Tensor)
+        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and a.dtype == b.dtype
+        and a.requires_grad == b.requires_grad
+        and _equal(a.shape, b.shape)
+        and _equal(a.stride(), b.stride())
+        and _equal([a.storage_offset()], [b.storage_offset()])
+    )
+
+
+def _equal(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
+    """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
+    return len(sizes) == len(others) and all(
+        statically_known_true(a == b) for a, b in zip(sizes, others, strict=True)
+    )
+
+
 def written_by(node: Node) -> list[Node]:
-    """The arguments that a call writes to, by its schema."""
-    schema = getattr(node.target, "_schema", None)
-    if node.op != "call_function" or schema is None:
+    """The arguments that a call writes to: by its schema, and all of them where there is none to ask."""
+    if node.op != "call_function":
         return []
+    if isinstance(node.target, HigherOrderOperator):
+        return [] if node.target.name() in ops.READ_ONLY_HIGHER_ORDER else node.all_input_nodes
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return []
+    undeclared = ops.UNDECLARED_WRITES.get(str(node.target), ())
     written = []
     for position, argument in enumerate(schema.arguments):
-        if argument.alias_info is None or not argument.alias_info.is_write:
+        declared = argument.alias_info is not None and argument.alias_info.is_write
+        if not declared and position not in undeclared:
             continue
         value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
         written += [
@@ -36,10 +70,8 @@ class StorageWrites:
         self._position = {node: i for i, node in enumerate(graph.nodes)}
         self._writes: dict[int, list[int]] = defaultdict(list)
         for node, position in self._position.items():
-            for target in written_by(node):
-                storage = storage_of(target)
-                if storage is not None:
-                    self._writes[storage].append(position)
+            for storage in {storage_of(target) for target in written_by(node)} - {None}:
+                self._writes[storage].append(position)  # type: ignore[index]
 
     def version(self, value: Node, at: Node) -> int:
         """How many writes the memory of `value` has seen when `at` runs."""
@@ -49,3 +81,11 @@ class StorageWrites:
     def is_written(self, value: Node) -> bool:
         """Whether anything in the graph writes to the memory of `value`."""
         return storage_of(value) in self._writes
+
+    def write_before(self, value: Node, at: Node) -> Node | None:
+        """The last call that writes to the memory of `value` before `at` runs."""
+        version = self.version(value, at)
+        if version == 0:
+            return None
+        position = self._writes[storage_of(value)][version - 1]  # type: ignore[index]
+        return next(node for node, i in self._position.items() if i == position)

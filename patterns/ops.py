@@ -17,6 +17,49 @@ MAYBE_IDENTITY = frozenset(
     }
 )
 
+# A call of one of these on the same base sees the same memory as an equal call before it.
+VIEWS = frozenset(
+    {
+        "aten._unsafe_view.default",
+        "aten.expand.default",
+        "aten.flatten.using_ints",
+        "aten.permute.default",
+        "aten.reshape.default",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.squeeze.dim",
+        "aten.transpose.int",
+        "aten.unflatten.int",
+        "aten.unsqueeze.default",
+        "aten.view.default",
+    }
+)
+
+# Answer by the strides or the offset of their input, not by its elements alone.
+STRIDE_READERS = frozenset(
+    {
+        "aten.as_strided.default",
+        "aten.as_strided_.default",
+        "aten.set_.source_Tensor",
+        "aten.sym_storage_offset.default",
+        "aten.sym_stride.int",
+        "aten.view.dtype",
+        "aten.view_as_complex.default",
+    }
+)
+
+# Write to the arguments at these positions although their schemas do not say so.
+UNDECLARED_WRITES = {
+    "aten.batch_norm.default": (3, 4),
+    "aten.instance_norm.default": (3, 4),
+    "aten.native_batch_norm.default": (3, 4),
+}
+
+# Higher-order operators write to what they are given, except these.
+READ_ONLY_HIGHER_ORDER = frozenset(
+    {"auto_functionalized", "auto_functionalized_v2", "flex_attention", "triton_kernel_wrapper_functional"}
+)
+
 # One spelling for a change of shape: `reshape` is right for every stride, the others only for some.
 RESHAPES = frozenset({"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"})
 RESHAPE = "aten.reshape.default"

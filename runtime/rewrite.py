@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
+from fxfuse.passes.weights.plan import Transform
 from fxfuse.runtime import live_weights
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import GraphRecord, Report
@@ -26,7 +28,8 @@ from fxfuse.runtime.report import GraphRecord, Report
 class Rewritten:
     """A rewritten graph, the plan from the original's state dict to its own, and the report.
 
-    `graph_module` takes the same inputs as the original; `plan.apply(original.state_dict())` fits its load_state_dict.
+    `graph_module` takes the same inputs as the original; `plan.apply(original.state_dict())` fits its
+    load_state_dict.
     """
 
     graph_module: GraphModule
@@ -46,14 +49,14 @@ def rewrite(
 
     Args:
         graph_module: any torch.fx.GraphModule, or a module that make_fx can trace.
-        example_inputs: positional inputs; their dtypes are taken as they are, their sizes may vary later.
+        example_inputs: positional inputs; their dtypes are taken as they are; sizes other than 0 and 1 may
+            vary later, as far as the module does not branch on them.
         passes, weights, inner: as in `fxfuse.runtime.options.Options`; `inner` says for whom to lower.
 
-    Raises OptionError for an unknown pass. A graph without the idiom comes back as it was, with an empty plan.
+    Raises OptionError for an unknown pass. A graph without the idiom comes back as it was, with an empty
+    plan.
     """
-    options = Options(
-        passes=passes if isinstance(passes, str) else tuple(passes), weights=weights, inner=inner
-    )  # type: ignore[arg-type]
+    options = Options.of({"passes": passes, "weights": weights, "inner": inner})
     started = time.perf_counter()
     tensors = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers())}
     program = _traced(graph_module, tensors, example_inputs, options)
@@ -62,7 +65,11 @@ def rewrite(
     record = GraphRecord(
         "graph", len(program.graph.nodes), len(rewritten.graph.nodes), inner, outcomes, plan.digest
     )
-    result = _with_attributes(rewritten, tensors, plan.apply({k: v.detach() for k, v in tensors.items()}))
+    state = plan.apply({name: tensor.detach() for name, tensor in tensors.items()})
+    result = _with_attributes(rewritten, tensors, state, persistent=graph_module.state_dict().keys())
+    for alias, name in _tied(graph_module).items():
+        if name in state:
+            _set(result, alias, attrgetter(name)(result))
     record.compile_seconds = time.perf_counter() - started
     return Rewritten(result, plan, Report([record]))
 
@@ -70,7 +77,7 @@ def rewrite(
 def _traced(
     graph_module: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Any], options: Options
 ) -> Program:
-    mode = FakeTensorMode(shape_env=ShapeEnv())
+    mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [
         *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
         *(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs),
@@ -84,7 +91,8 @@ def _traced(
         traced = make_fx(call, pre_dispatch=True)(*fakes)
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     parameters = dict(graph_module.named_parameters())
-    refused = live_weights.refusals(parameters)
+    tied = {name: f"it is also {alias}" for alias, name in _tied(graph_module).items()}
+    refused = live_weights.refusals(parameters) | tied
     weights = {
         node.name: Weight(name, parameters[name].requires_grad, refused.get(name))
         for node, name in zip(placeholders, tensors, strict=False)
@@ -93,43 +101,73 @@ def _traced(
     return Program(traced, weights, mode, grad_enabled=False, copy_weights=options.weights == "copy")
 
 
-def _with_attributes(program: Program, tensors: dict[str, Tensor], state: dict[str, Tensor]) -> GraphModule:
+def _tied(module: nn.Module) -> dict[str, str]:
+    """Each further name of a parameter or buffer that has several in the state dict, with its first name."""
+    named = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    first: dict[int, str] = {}
+    names = {name: first.setdefault(id(tensor), name) for name, tensor in named}
+    return {alias: name for alias, name in names.items() if alias != name}
+
+
+def _with_attributes(
+    program: Program, tensors: dict[str, Tensor], state: dict[str, Tensor], persistent: Collection[str]
+) -> GraphModule:
     """The graph with its weights as parameters and buffers of its own instead of inputs."""
-    names = [*tensors]
-    placeholders = program.placeholders()
+    placeholders, graph, root = program.placeholders(), program.graph, program.graph_module
     fused = {f.placeholder: f.transform.target.name for f in program.fused}
-    attributes = {node: name for node, name in zip(placeholders, names, strict=False)}
+    attributes = dict(zip(placeholders, tensors, strict=False))
     attributes |= {node: fused[node.name] for node in placeholders if node.name in fused}
-    root = nn.Module()
-    graph = program.graph
+    kept = {node: name for node, name in attributes.items() if name in state}
+    for name in kept.values():
+        given = tensors.get(name)
+        value = state[name].clone()
+        is_parameter = given is None or isinstance(given, nn.Parameter)
+        _set(root, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    by_name = {name: _as_attribute(graph, node, name) for node, name in kept.items()}
+    inverse = {t.target.name: t for t in program.plan().inverse().transforms} if fused else {}
     for node, name in attributes.items():
-        if not node.users and name not in state:
+        if node not in kept:
+            if node.users:
+                _read_back(graph, node, inverse[name], by_name)
             graph.erase_node(node)
-            continue
-        _set(
-            root, name, state[name].clone(), isinstance(tensors.get(name), nn.Parameter) or node.name in fused
-        )
-        _as_attribute(graph, node, name)
-    result = GraphModule(root, graph)
+    result = GraphModule(root, graph)  # copies attributes, and makes every buffer persistent
+    for name, buffer in list(result.named_buffers()):
+        if name in tensors and name not in persistent:
+            _set(result, name, buffer, persistent=False)
     result.graph.lint()
     return result
 
 
-def _as_attribute(graph: torch.fx.Graph, node: Node, name: str) -> None:
+def _as_attribute(graph: torch.fx.Graph, node: Node, name: str) -> Node:
     with graph.inserting_before(node):
         attribute = graph.get_attr(name)
     attribute.meta.update(node.meta)
     node.replace_all_uses_with(attribute)
     graph.erase_node(node)
+    return attribute
 
 
-def _set(root: nn.Module, name: str, value: Tensor, is_parameter: bool) -> None:
+def _read_back(graph: torch.fx.Graph, node: Node, transform: Transform, fused: Mapping[str, Node]) -> None:
+    """A member of a fused weight that is used elsewhere, too, is read from the rows it has there."""
+    with graph.inserting_before(next(n for n in graph.nodes if n.op in ("call_function", "output"))):
+        parts = [
+            graph.call_function(torch.ops.aten.slice.Tensor, (fused[rows.source], 0, rows.start, rows.stop))
+            for rows in transform.rows.segments
+        ]
+        whole = parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
+    node.replace_all_uses_with(whole)
+
+
+def _set(root: nn.Module, name: str, value: Tensor, persistent: bool = True) -> None:
     *path, leaf = name.split(".")
     for part in path:
         if not hasattr(root, part):
             root.add_module(part, nn.Module())
         root = getattr(root, part)
-    if is_parameter:
-        root.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    if isinstance(value, nn.Parameter):
+        root.register_parameter(leaf, value)
     else:
-        root.register_buffer(leaf, value)
+        root.register_buffer(leaf, value, persistent=persistent)

@@ -1,0 +1,35 @@
+"""Grad and autocast modes that a graph switches on its way: a rewrite moves no call from one to another."""
+
+from collections.abc import Hashable
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import Graph, Node
+
+
+def switches_mode(node: Node) -> bool:
+    """Whether a call computes nothing and is there for its effect on the calls after it."""
+    operator = isinstance(node.target, (OpOverload, HigherOrderOperator))
+    return node.op == "call_function" and not operator and node.meta.get("val") is None
+
+
+def sets_grad_mode(node: Node) -> bool:
+    return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def modes(graph: Graph, grad_enabled: bool) -> dict[Node, Hashable]:
+    """For each node a value that is equal for exactly the nodes that run under the same modes."""
+    grad = grad_enabled
+    entered: list[Node] = []
+    found: dict[Node, Hashable] = {}
+    for node in graph.nodes:
+        found[node] = (grad, tuple(entered))
+        if not switches_mode(node):
+            continue
+        if sets_grad_mode(node):
+            grad = bool(node.args[0])
+        elif node.args and node.args[0] in entered:
+            entered.remove(node.args[0])
+        else:
+            entered.append(node)
+    return found
