@@ -7,6 +7,7 @@ import torch
 from torch.fx import GraphModule
 
 from fxfuse.runtime.options import Inner, Mode
+from fxfuse.runtime.outline import outlined, repeats
 
 
 def cpp_compiler_is_missing() -> bool:
@@ -43,5 +44,7 @@ def compile_graph(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    if mode in (None, "default") and repeats(graph_module):
+        return outlined(graph_module, lambda piece, values: compile_fx(piece, list(values)))
     patches = list_mode_options(mode) if mode not in (None, "default") else None
     return compile_fx(graph_module, list(inputs), config_patches=patches)

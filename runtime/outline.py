@@ -1,0 +1,172 @@
+"""Repeated layers are compiled once: the graph is cut at layer boundaries, and equal pieces share one compilation.
+
+A decoder of 24 layers has two or three distinct ones. A piece takes its layer's weights and caches as inputs, so that
+what is compiled for one layer serves every layer of the same structure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
+
+# What a compiled piece can be given: a list of tensors, say, cannot cross a boundary.
+CARRIED = (torch.Tensor, torch.SymInt, int, float, bool)
+CALLS = ("call_function", "get_attr")
+Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A run of nodes as a graph of its own: what it reads from before it, and what is read after it."""
+
+    graph_module: GraphModule
+    inputs: tuple[Node, ...]
+    outputs: tuple[Node, ...]
+    structure: str
+
+
+def layer_of(node: Node) -> int | None:
+    """The number of the outermost numbered module that a node was traced in; None outside of any."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        number = re.search(r"(?:\.|\[')_?(\d+)(?:'\]|\.|$)|\[(\d+)\]", path)
+        if number:
+            return int(number[1] or number[2])
+    return None
+
+
+def segments(graph: Graph) -> list[list[Node]]:
+    """The call nodes in runs of one layer each: before the first, the layers, after the last."""
+    calls = [node for node in graph.nodes if node.op in CALLS]
+    layers = [layer_of(node) for node in calls]
+    last = max((layer for layer in layers if layer is not None), default=-1)
+    runs: list[list[Node]] = [[]]
+    current = -1
+    for node, layer in zip(calls, layers, strict=True):
+        has_stack = bool(node.meta.get("nn_module_stack"))
+        after = layer is None and has_stack and current == last
+        place = last + 1 if after else current if layer is None else max(current, layer)
+        if place != current:
+            runs.append([])
+            current = place
+        runs[-1].append(node)
+    return [run for run in runs if run]
+
+
+def repeats(graph_module: GraphModule) -> bool:
+    """Whether there is more than one numbered layer."""
+    return len(segments(graph_module.graph)) > 2
+
+
+def piece_of(program: GraphModule, run: Sequence[Node]) -> Piece:
+    """The nodes of a run as a graph whose placeholders are in the order of their first use."""
+    inside = set(run)
+    read = dict.fromkeys(n for node in run for n in node.all_input_nodes if n not in inside)
+    inputs = tuple(dict.fromkeys((*_sizes_of(run, read), *read)))
+    outputs = tuple(node for node in run if any(user not in inside for user in node.users))
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    for i, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"in_{i}")
+        copies[node].meta["val"] = node.meta["val"]
+    for node in run:
+        copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return Piece(GraphModule(program, graph), inputs, outputs, _structure(graph, program))
+
+
+def _sizes_of(run: Sequence[Node], read: Iterable[Node]) -> list[Node]:
+    """The graph's size inputs that occur in the shapes of a run: a compiler binds symbols from those."""
+    symbols: set[Any] = set()
+    for node in (*read, *run):
+        for value in tree_leaves(node.meta.get("val")):
+            sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
+            symbols |= {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+    found = []
+    for node in run[0].graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr in symbols:
+            found.append(node)
+    return found
+
+
+def _structure(graph: Graph, program: GraphModule) -> str:
+    """Everything that a compilation depends on: operators, arguments, and how the inputs look and alias."""
+    number: dict[Node, str] = {}
+    storages: dict[int, int] = {}
+    lines = []
+    for i, node in enumerate(graph.nodes):
+        number[node] = f"%{i}"
+        args = map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Name(number[n]))
+        if node.op == "placeholder":
+            lines.append(f"{number[node]} {_look(node.meta['val'], storages)}")
+        elif node.op == "get_attr":
+            lines.append(f"{number[node]} constant {id(_attribute(program, node.target))}")
+        else:
+            lines.append(f"{number[node]} {node.target} {args}")
+    return "\n".join(lines)
+
+
+class _Name(str):
+    """Prints as a reference, not as a string."""
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _look(value: Any, storages: dict[int, int]) -> str:
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value}"
+    memory = storages.setdefault(value.untyped_storage()._cdata, len(storages))
+    return (
+        f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()} "
+        f"{value.requires_grad} @{memory}"
+    )
+
+
+def _attribute(root: Any, target: Any) -> Any:
+    for part in str(target).split("."):
+        root = getattr(root, part)
+    return root
+
+
+def outlined(graph_module: GraphModule, compile_piece: Compile) -> Callable[..., Any]:
+    """A callable for the graph, each distinct piece of it compiled once.
+
+    `compile_piece` is given a graph and its example values, and returns a callable that returns a tuple.
+    """
+    pieces = [piece_of(graph_module, run) for run in segments(graph_module.graph)]
+    if any(not isinstance(n.meta["val"], CARRIED) for piece in pieces for n in piece.inputs):
+        pieces = [piece_of(graph_module, [n for n in graph_module.graph.nodes if n.op in CALLS])]
+    compiled: dict[str, Callable[..., Any]] = {}
+    for piece in pieces:
+        if piece.structure not in compiled:
+            values = [node.meta["val"] for node in piece.inputs]
+            compiled[piece.structure] = compile_piece(piece.graph_module, values)
+    return _stitched(graph_module.graph, pieces, [compiled[piece.structure] for piece in pieces])
+
+
+def _stitched(graph: Graph, pieces: Sequence[Piece], calls: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+    """One straight line of Python that calls the pieces and lets go of every value after its last use."""
+    last_use = {node: i for i, piece in enumerate(pieces) for node in piece.inputs}
+    output = graph.find_nodes(op="output")[0]
+    kept = set(output.all_input_nodes)
+    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
+    lines = [f"def run({', '.join(node.name for node in placeholders)}):"]
+    for i, piece in enumerate(pieces):
+        arguments = ", ".join(node.name for node in piece.inputs)
+        targets = ", ".join(node.name for node in piece.outputs)
+        lines.append(f"    {f'{targets}, = ' if targets else ''}call_{i}({arguments})")
+        done = [n.name for n in (*piece.inputs, *piece.outputs) if last_use.get(n, -1) == i and n not in kept]
+        if done:
+            lines.append(f"    del {', '.join(done)}")
+    lines.append(f"    return {map_arg(output.args[0], lambda n: _Name(n.name))!r}")
+    scope: dict[str, Any] = {f"call_{i}": call for i, call in enumerate(calls)}
+    exec("\n".join(lines), scope)
+    return scope["run"]
