@@ -19,6 +19,7 @@ from fxfuse.patterns import ops
 def normalise(program: Program) -> None:
     """Rewrite the graph in place; values and writes stay what they were."""
     _drop_idle_switches(program)
+    _fold_idle_dropout(program)
     _fold_identities(program)
     _one_view_of_each(program)
     _one_reshape(program)
@@ -36,6 +37,21 @@ def _drop_idle_switches(program: Program) -> None:
             program.graph.erase_node(node)
         else:
             grad = bool(node.args[0])
+
+
+def _fold_idle_dropout(program: Program) -> None:
+    """dropout(x, p, train=False) -> x, and so for p = 0: it hands back x, though its fake kernel copies."""
+    folded = False
+    for node in program.calls(ops.DROPOUT):
+        source, p, train = node.args
+        if (train is False or p == 0) and isinstance(source, Node):
+            for user in node.users:
+                user.meta.pop("val", None)
+            node.replace_all_uses_with(source)
+            program.graph.erase_node(node)
+            folded = True
+    if folded:
+        program.refresh()
 
 
 def _fold_identities(program: Program) -> None:

@@ -132,7 +132,7 @@ def _before_writes(source: Node) -> Node:
 
 
 def _groups(program: Program, writes: StorageWrites) -> tuple[list[list[Node]], list[tuple[Node, str]]]:
-    """Linears that read one value, with no write to it and no switch of modes between; those parted by one."""
+    """Linears that read one value, no write to it and no switch of modes between; those parted by one."""
     by_input: dict[Node, dict[tuple[int, Hashable], list[Node]]] = defaultdict(lambda: defaultdict(list))
     mode = modes(program.graph, program.grad_enabled)
     for linear in program.calls(ops.LINEAR):

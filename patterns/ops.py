@@ -13,7 +13,6 @@ MAYBE_IDENTITY = frozenset(
         "aten.to.other",
         "aten.type_as.default",
         "aten.lift_fresh.default",
-        "aten.dropout.default",
     }
 )
 
@@ -59,6 +58,8 @@ UNDECLARED_WRITES = {
 READ_ONLY_HIGHER_ORDER = frozenset(
     {"auto_functionalized", "auto_functionalized_v2", "flex_attention", "triton_kernel_wrapper_functional"}
 )
+
+DROPOUT = "aten.dropout.default"
 
 # One spelling for a change of shape: `reshape` is right for every stride, the others only for some.
 RESHAPES = frozenset({"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"})

@@ -59,7 +59,7 @@ def rewrite(
     options = Options.of({"passes": passes, "weights": weights, "inner": inner})
     started = time.perf_counter()
     tensors = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers())}
-    program = _traced(graph_module, tensors, example_inputs, options)
+    program = traced(graph_module, tensors, example_inputs, options)
     rewritten, outcomes = pipeline.apply(program, pipeline.selected(options.passes, options.inner))
     plan = rewritten.plan()
     record = GraphRecord(
@@ -74,7 +74,7 @@ def rewrite(
     return Rewritten(result, plan, Report([record]))
 
 
-def _traced(
+def traced(
     graph_module: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Any], options: Options
 ) -> Program:
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))

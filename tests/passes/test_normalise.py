@@ -1,0 +1,281 @@
+"""The normal form: each rule with its spellings; writes, random numbers and asserts stay as they were."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfuse import Rewritten, rewrite
+from fxfuse.passes import pipeline
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.rewrite import traced
+from fxfuse.testing.tensors import integer_tensor
+
+X = integer_tensor((2, 3, 4), seed=0)
+
+
+class Calls(nn.Module):
+    """A forward given as a function; the buffer stands for a cache."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.register_buffer("cache", torch.zeros(2, 5, 4))
+
+    def forward(self, *inputs: Any) -> Any:
+        return self.compute(*inputs)
+
+
+def targets(rewritten: Rewritten) -> list[str]:
+    return [str(n.target) for n in rewritten.graph_module.graph.nodes if n.op == "call_function"]
+
+
+def normal(rewrite_equal: Any, compute: Callable[..., Any], *inputs: Any) -> list[str]:
+    """The calls left after normalising alone, values checked."""
+    return targets(rewrite_equal(Calls(compute), inputs or (X,), passes=(), fill=False))
+
+
+IDENTITIES: dict[str, Callable[[Tensor], Tensor]] = {
+    "to dtype": lambda x: x.to(torch.float32),
+    "to itself": lambda x: x.to(x),
+    "to device": lambda x: x.to("cpu"),
+    "to device and dtype": lambda x: x.to("cpu", torch.float32),
+    "float": lambda x: x.float(),
+    "type_as": lambda x: x.type_as(x),
+    "contiguous": lambda x: x.contiguous(),
+    "alias": torch.ops.aten.alias.default,
+    "dropout in evaluation": lambda x: F.dropout(x, 0.5, training=False),
+    "dropout of nothing": lambda x: F.dropout(x, 0.0, training=True),
+    "view of its own shape": lambda x: x.view(2, 3, 4),
+    "view there and back": lambda x: x.view(-1, 4).view(x.shape),
+    "flatten of one dimension": lambda x: x.flatten(2),
+    "whole slice": lambda x: x[:, :, :],
+    "expand to its own shape": lambda x: x.expand(2, 3, 4),
+    "unsqueeze and squeeze": lambda x: x.unsqueeze(1).squeeze(1),
+    "transposed twice": lambda x: x.transpose(0, 1).transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("name", IDENTITIES)
+def test_what_is_the_same_memory_is_the_same_node(rewrite_equal: Any, name: str) -> None:
+    assert normal(rewrite_equal, lambda x: IDENTITIES[name](x) + 1) == ["aten.add.Tensor"]
+
+
+def test_a_write_after_an_idle_dropout_is_a_write_to_its_input(rewrite_equal: Any) -> None:
+    """In evaluation dropout hands back its very input, while its fake kernel makes a copy."""
+
+    def compute(x: Tensor) -> list[Tensor]:
+        y = F.dropout(x, 0.5, training=False)
+        first = y.view(-1) * 2
+        x.add_(1)
+        second = y.view(-1) * 2
+        y.mul_(3)
+        return [first, second, x + 1]
+
+    assert "aten.dropout.default" not in normal(rewrite_equal, compute, X.clone())
+
+
+def test_what_copies_is_kept(rewrite_equal: Any) -> None:
+    assert normal(rewrite_equal, lambda x: x.to(torch.float64) + 1)[0].startswith("aten.to.")
+    assert normal(rewrite_equal, lambda x: x.transpose(0, 1).contiguous().sum(0))[1].startswith("aten.contig")
+    assert "aten.clone.default" in normal(rewrite_equal, lambda x: x.clone() + 1)
+
+
+SHAPES: dict[str, Callable[[Tensor], Tensor]] = {
+    "view": lambda x: x.view(6, 4),
+    "view with -1": lambda x: x.view(-1, 4),
+    "reshape": lambda x: x.reshape(6, 4),
+    "flatten": lambda x: x.flatten(0, 1),
+    "unsafe view": lambda x: torch.ops.aten._unsafe_view.default(x, [6, 4]),
+    "two steps": lambda x: x.view(24).reshape(-1, 4),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_change_of_shape_has_one_spelling(rewrite_equal: Any, name: str) -> None:
+    calls = normal(rewrite_equal, lambda x: SHAPES[name](x) + 1)
+    assert set(calls) <= {"aten.reshape.default", "aten.flatten.using_ints", "aten.add.Tensor"}
+    both = normal(rewrite_equal, lambda x: SHAPES[name](x) + x.view(6, 4))
+    assert len(both) == len(calls), "the same view was taken twice"
+
+
+def test_a_view_that_leaves_the_graph_is_still_a_view(rewrite_equal: Any) -> None:
+    module = Calls(lambda x: [x.view(6, 4), x.view(2, 3, 4), x.contiguous()])
+    rewritten = rewrite_equal(module, [X], passes=(), fill=False)
+    first, second, third = rewritten.graph_module(X)
+    assert first.data_ptr() == second.data_ptr() == third.data_ptr() == X.data_ptr()
+    assert second is not X
+
+
+def test_what_nobody_reads_is_dropped(rewrite_equal: Any) -> None:
+    assert normal(rewrite_equal, lambda x: [(x * 2).exp().split(1), x + 1][1]) == ["aten.add.Tensor"]
+
+
+def test_random_numbers_that_nobody_reads_are_drawn_all_the_same(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        torch.rand(3)
+        F.dropout(x, 0.5, training=True)
+        return x + torch.rand(4)
+
+    module = Calls(compute)
+    rewritten = rewrite(module, [X], passes=())
+    torch.manual_seed(0)
+    expected = module(X), torch.rand(2)
+    torch.manual_seed(0)
+    got = rewritten.graph_module(X), torch.rand(2)
+    assert all(map(torch.equal, got, expected))
+
+
+def test_asserts_are_kept(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        torch._assert_async((x > 0).all(), "not positive")
+        return x + 1
+
+    rewritten = rewrite_equal(Calls(compute), [X.abs() + 1], passes=(), fill=False)
+    with pytest.raises(RuntimeError, match="not positive"):
+        rewritten.graph_module(-X.abs())
+
+
+# Writes: kept, in order, and visible through every view.
+
+
+def copy_(x: Tensor, y: Tensor) -> list[Tensor]:
+    before = x + 1
+    x.copy_(y)
+    return [before, x + 1]
+
+
+def set_item(x: Tensor, y: Tensor) -> list[Tensor]:
+    before = x * 2
+    x[0, 1:] = y[1, 1:]
+    return [before, x * 2]
+
+
+def out(x: Tensor, y: Tensor) -> list[Tensor]:
+    before = x.sum()
+    torch.add(x, y, out=x)
+    return [before, x.sum()]
+
+
+def index_put(x: Tensor, y: Tensor) -> list[Tensor]:
+    before = x.view(-1) * 1
+    x.index_put_((torch.tensor([1]),), y[:1])
+    return [before, x.view(-1) * 1]
+
+
+def through_a_reshape(x: Tensor, y: Tensor) -> list[Tensor]:
+    before = x.reshape(-1) + 1
+    flat = x.reshape(-1)
+    flat[3] = 7
+    flat.view(6, 4)[2].mul_(y.view(-1)[:4])
+    return [before, x + 1, flat + 1]
+
+
+def through_an_identity(x: Tensor, y: Tensor) -> list[Tensor]:
+    x.contiguous().to(torch.float32).add_(y)
+    return [x + 1]
+
+
+def of_a_temporary(x: Tensor, y: Tensor) -> list[Tensor]:
+    z = x * y
+    view = z.view(6, 4)
+    z.add_(1)
+    again = z.view(6, 4)
+    view.mul_(2)
+    return [view + 0, again + 0, z + 0]
+
+
+def read_back_the_old_view(x: Tensor, y: Tensor) -> list[Tensor]:
+    old = x.view(6, 4)[1:3]
+    x.fill_(5)
+    return [old + y.view(6, 4)[1:3]]
+
+
+def unused_result(x: Tensor, y: Tensor) -> list[Tensor]:
+    x.unsqueeze(0).transpose(1, 2)[:, 0].sub_(y[:, 0])
+    torch._foreach_add_([x, y], 1)
+    return [x + y]
+
+
+WRITES = [
+    copy_,
+    set_item,
+    out,
+    index_put,
+    through_a_reshape,
+    through_an_identity,
+    of_a_temporary,
+    read_back_the_old_view,
+    unused_result,
+]
+
+
+@pytest.mark.parametrize("compute", WRITES)
+def test_a_write_is_kept_in_its_place(rewrite_equal: Any, compute: Callable[..., Any]) -> None:
+    inputs = X.clone(), integer_tensor((2, 3, 4), seed=1)
+    rewritten = rewrite_equal(Calls(compute), inputs, passes=(), fill=False)
+    again = [x.clone() for x in inputs]
+    rewritten.graph_module(*again)
+    assert not torch.equal(again[0], inputs[0]) or compute is of_a_temporary
+
+
+def test_a_write_into_a_cache_through_views_is_not_lost(rewrite_equal: Any) -> None:
+    class Cached(Calls):
+        def forward(self, *inputs: Any) -> Any:
+            new, position = inputs
+            cache = torch.ops.aten.alias.default(self.cache)
+            before = cache.sum()
+            cache[:, 1:2].copy_(new[:, :1])
+            cache.view(2, -1)[:, 8:12] = new[:, 1]
+            cache.index_copy_(1, position, new[:, 2:])
+            heads = cache.view(2, 5, 2, 2).transpose(1, 2)
+            return before, heads @ heads.transpose(-1, -2)
+
+    rewritten = rewrite_equal(Cached(lambda: None), [X, torch.tensor([4])], passes=(), fill=False)
+    assert rewritten.graph_module.cache.abs().sum() > 0
+
+
+def test_running_statistics_are_written_though_no_schema_says_so(rewrite_equal: Any) -> None:
+    class Watched(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4, affine=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.norm(x.flatten(0, 1))  # for its statistics alone
+            return x + self.norm.running_mean
+
+    rewritten = rewrite_equal(Watched().train(), [X], passes=(), fill=False)
+    assert rewritten.graph_module.norm.running_mean.abs().sum() > 0
+
+
+def test_the_grad_mode_is_what_it_was_after_a_call(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x + 1
+
+    rewritten = rewrite_equal(Calls(compute), [X], passes=(), fill=False)
+    rewritten.graph_module(X)
+    assert torch.is_grad_enabled()
+    assert targets(rewritten) == ["aten.add.Tensor"]
+
+
+def test_constants_of_the_module_stay_in_the_graph(rewrite_equal: Any) -> None:
+    normal(rewrite_equal, lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+
+
+def test_symbolic_sizes_gain_no_guard() -> None:
+    """A guard that a pass adds would make Dynamo compile again for sizes that the graph serves."""
+
+    def compute(x: Tensor, y: Tensor) -> list[Tensor]:
+        rows = x.view(-1, 4)
+        same = x.reshape(x.shape[0] * x.shape[1], 4)
+        return [rows @ y.t(), same.view(x.shape), x.transpose(0, 1).contiguous(), y.view(-1, 4) + 1]
+
+    program = traced(Calls(compute), {}, [X, integer_tensor((6, 4), 1)], Options())
+    guards = len(program.fake_mode.shape_env.guards)
+    pipeline.apply(program, pipeline.PASSES)
+    assert len(program.fake_mode.shape_env.guards) == guards
