@@ -25,7 +25,6 @@ from fxfuse.passes.storage_writes import StorageWrites
 from fxfuse.patterns import ops
 
 RULE = "layout_chains"
-CAT = "aten.cat.default"
 
 
 @dataclass(frozen=True)
@@ -215,7 +214,7 @@ def run(program: Program) -> Outcome:
     outcome = Outcome()
     for linear in program.calls(ops.LINEAR):
         region = _region(linear)
-        if not any(str(node.target) == CAT for node in region):
+        if not any(str(node.target) == ops.CAT for node in region):
             continue
         cuts = _cuts(region, _numbered(region))
         if not cuts or all(cut.is_in_order for cut in cuts):

@@ -21,6 +21,7 @@ def normalise(program: Program) -> None:
     _drop_idle_switches(program)
     _fold_idle_dropout(program)
     _fold_identities(program)
+    _cat_of_one_is_a_copy(program)
     _one_view_of_each(program)
     _one_reshape(program)
     _drop_dead_nodes(program)
@@ -52,6 +53,25 @@ def _fold_idle_dropout(program: Program) -> None:
             folded = True
     if folded:
         program.refresh()
+
+
+def _cat_of_one_is_a_copy(program: Program) -> None:
+    """cat([empty, x]) -> clone(x), contiguous as eager's is: Inductor would keep x's strides.
+
+    A key-value cache starts so; with other strides the first decoded token would be another graph than the next.
+    """
+    for node in program.calls(ops.CAT):
+        parts = node.args[0]
+        full = [p for p in parts if not _is_legacy_empty(p)]  # type: ignore[union-attr]
+        if len(full) == 1 < len(parts) and full[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[arg-type, union-attr]
+            node.target = torch.ops.aten.clone.default
+            node.args = (full[0],)
+            node.kwargs = {"memory_format": torch.contiguous_format}
+
+
+def _is_legacy_empty(part: object) -> bool:
+    """A tensor of shape [0], which cat skips whatever the others' shape is."""
+    return isinstance(part, Node) and part.meta["val"].dim() == 1 and part.meta["val"].shape[0] == 0
 
 
 def _fold_identities(program: Program) -> None:

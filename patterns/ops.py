@@ -1,6 +1,7 @@
 """Which operators play which part, by name, in the normal form (pre-dispatch ATen)."""
 
 LINEAR = "aten.linear.default"
+CAT = "aten.cat.default"
 
 # May hand back their input unchanged: a call that does so is folded away.
 MAYBE_IDENTITY = frozenset(
