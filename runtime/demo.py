@@ -128,18 +128,16 @@ def run(
         CheckpointError: the checkpoint cannot be loaded, or the random one cannot be written.
     """
     out = out or Console(highlight=False, soft_wrap=True)
-    with _quiet(), _cold_caches() as cold:
+    with _quiet(), _cold_cache():
         say = _Progress()
         if checkpoint is None:
             checkpoint = random_checkpoint(size, cache=cache, progress=sys.stderr.isatty())
-        result = _demonstrate(str(checkpoint), tokens, say, cold)
+        result = _demonstrate(str(checkpoint), tokens, say)
     show(result, out)
     return result
 
 
-def _demonstrate(
-    checkpoint: str, tokens: int, say: "_Progress", cold: Callable[[str], None]
-) -> Demonstration:
+def _demonstrate(checkpoint: str, tokens: int, say: "_Progress") -> Demonstration:
     say("fp32: what eager generates is the reference")
     model = load(checkpoint, torch.float32)
     prompt = prompt_for(checkpoint, model)
@@ -158,7 +156,7 @@ def _demonstrate(
     # Without Inductor the rewritten graph still runs, operation by operation.
     options = {} if unavailable is None else {"inner": "eager"}
     fused.optimize(**options)
-    # fxfuse compiles first: what Inductor keeps in memory between compilations then helps the other, not us.
+    # fxfuse compiles first: what Inductor keeps from one compilation then helps the other, not us.
     modes[FXFUSE] = functools.partial(generate, fused)
     if unavailable is None:
         modes[COMPILE] = functools.partial(_generate_compiled, plain, _compiled_decode(plain))
@@ -168,7 +166,6 @@ def _demonstrate(
     first: dict[str, Generated] = {}
     for name, mode in modes.items():
         say(f"bf16: {name}, first call" + ("" if name == EAGER else ", compiles"))
-        cold(name)
         first[name] = mode(prompt, tokens, label=name)
     say(f"bf16: time per token, {_ROUNDS} rounds, interleaved")
     steady = _interleaved(modes, prompt, tokens)
@@ -196,7 +193,6 @@ def _demonstrate(
     gc.collect()
 
     say("fp32: fxfuse, compiles")
-    cold("fp32")
     model = load(checkpoint, torch.float32).optimize(**options)
     found = generate(model, prompt, tokens, label=FXFUSE)
     result.equal_tokens = equal_prefix(found.tokens, expected.tokens)
@@ -406,22 +402,14 @@ def _why_inductor_fails(device: torch.device) -> str | None:
 
 
 @contextmanager
-def _cold_caches() -> Iterator[Callable[[str], None]]:
-    """Compiler caches in a temporary folder, a fresh one from each call of the function that is handed over.
-
-    A warm cache would make compile seconds those of an earlier run.
-    """
+def _cold_cache() -> Iterator[None]:
+    """Compilers cache in a temporary folder: with a warm one, compile seconds would be another run's."""
     names = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     saved = {name: os.environ.get(name) for name in names}
     with tempfile.TemporaryDirectory(prefix="fxfuse-demo-", ignore_cleanup_errors=True) as folder:
-
-        def use(part: str) -> None:
-            for name in names:
-                os.environ[name] = str(Path(folder) / part / name.split("_")[0].lower())
-
-        use("start")
+        os.environ |= {name: str(Path(folder) / name.lower()) for name in names}
         try:
-            yield use
+            yield
         finally:
             for name, value in saved.items():
                 if value is None:
