@@ -50,8 +50,8 @@ def backend(
 ) -> Callable[..., Any]:
     """Backend "fxfuse" of torch.compile; `options` are those of `Options`.
 
-    Raises OptionError for an unknown option. Whatever else goes wrong leaves the original computation in place with
-    a warning, or raises under strict.
+    Raises OptionError for an unknown option. Whatever else goes wrong leaves the original computation in
+    place with a warning, or raises under strict.
     """
     chosen = Options.of({**(options or {}), **({"mode": mode} if mode is not None else {})})
     session = current_session.get() or _anonymous(example_inputs)
@@ -62,7 +62,7 @@ def backend(
     except Exception as error:
         if chosen.strict:
             raise
-        reason = f"a graph runs as it was, because compiling it failed: {type(error).__name__}: {error}"
+        reason = f"a graph runs as it was, because compiling it failed: {_summary(error)}"
         session.report.note(reason)
         log.warning(reason, exc_info=log.isEnabledFor(logging.DEBUG))
         return graph_module.forward
@@ -87,19 +87,23 @@ def _compiled(
     rewritten, outcomes = pipeline.apply(program, passes)
     record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)
     record.plan_digest = rewritten.plan().digest if rewritten.fused else ""
-    session.report.graphs.append(record)
     if options.strict:
         _raise_on_miss(record)
     if session.dry_run:
+        session.report.graphs.append(record)
         return graph_module.forward
     if not any(outcome.matches for outcome in outcomes.values()):
         log.warning("nothing matched in a %s graph: it runs as it was%s", record.phase, _first_reason(record))
+        session.report.graphs.append(record)
         return _counted(graph_module.forward, record)
 
     fakes = [node.meta["val"] for node in rewritten.placeholders()[len(inputs) :]]
     run = inner.compile_graph(chosen_inner, options.mode, rewritten.graph_module, [*inputs, *fakes])
-    call = _with_live_weights(run, rewritten, record, session)
+    call = _with_live_weights(
+        run, rewritten, record, session, None if options.strict else graph_module.forward
+    )
     record.compile_seconds = time.perf_counter() - started
+    session.report.graphs.append(record)  # not before: where compiling fails, nothing was rewritten
     if options.report != "off":
         log.info("%s", _line(record))
     if options.verify:
@@ -158,8 +162,13 @@ def refusals_of(
 
 
 def _with_live_weights(
-    run: Callable[..., Any], program: Program, record: GraphRecord, session: Session
+    run: Callable[..., Any],
+    program: Program,
+    record: GraphRecord,
+    session: Session,
+    original: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
+    """`run` with its fused inputs filled in, or `original` where they cannot be, for want of memory say."""
     position = {node.name: i for i, node in enumerate(program.placeholders())}
     slots: list[live_weights.SharedSlot | live_weights.CopiedSlot] = [
         live_weights.SharedSlot()
@@ -173,8 +182,15 @@ def _with_live_weights(
     report, anonymous = session.report, session.anonymous
 
     def call(*args: Any) -> Any:
+        try:
+            tensors = weights.fused(args)
+        except Exception as error:
+            if original is None:
+                raise
+            if report.note(reason := f"a graph runs as it was, because packing failed: {_summary(error)}"):
+                log.warning("%s", reason)
+            return original(*args)
         record.calls += 1
-        tensors = weights.fused(args)
         if weights.packs != record.packs:
             record.packs = weights.packs
             report.packed_bytes = max(
@@ -205,7 +221,7 @@ def report_of(parameters: Iterable[torch.Tensor]) -> Report | None:
 
 
 def _anonymous(inputs: Sequence[Any]) -> Session:
-    """A session for torch.compile(model, backend="fxfuse"): one report for the graphs of the same parameters."""
+    """A session for torch.compile(model, backend="fxfuse"): graphs of the same parameters share a report."""
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
     report = report_of(parameters) or Report()
     for parameter in parameters:
@@ -215,12 +231,16 @@ def _anonymous(inputs: Sequence[Any]) -> Session:
 
 def _say_packed(report: Report) -> None:
     text = (
-        f"{report.packed_bytes / 1e6:.1f} MB of the caller's parameters now lie in fused memory: same objects, names "
-        "and values; fxfuse.deoptimize(model) gives each its own memory again"
+        f"{report.packed_bytes / 1e6:.1f} MB of the caller's parameters now lie in fused memory: same "
+        "objects, names and values; fxfuse.deoptimize(model) gives each its own memory again"
     )
     if not any("now lie in fused memory" in note for note in report.notes):
         report.note(text)
         log.warning("%s", text)
+
+
+def _summary(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
 
 
 def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:

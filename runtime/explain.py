@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fxfuse.errors import FxfuseError, UnsupportedModelError
+from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.runtime import backend, leaves
 from fxfuse.runtime.optimize import compile_limits
 from fxfuse.runtime.options import Options
@@ -33,8 +33,8 @@ def explain(
 
     Args:
         model: a model, also one on the meta device, which is taken for one on the CPU.
-        inputs: keyword arguments of one call, for a model that is not a language model; by default a prompt of 17
-            tokens with a cache, then one token.
+        inputs: keyword arguments of one call, for a model that is not a language model; by default a prompt
+            of 17 tokens with a cache, then one token.
         passes, weights, inner, strict: as in `fxfuse.optimize`.
 
     Raises UnsupportedModelError under strict where anything would be left alone.
@@ -53,7 +53,7 @@ def explain(
         with mode, torch.no_grad():
             _calls(run, twin, inputs)
     except Exception as error:
-        own = _own(error)
+        own = raised_on_purpose(error)
         if own is not None:
             raise own from None
         raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {error}") from error
@@ -87,13 +87,3 @@ def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
     return copy.deepcopy(model, memo)
-
-
-def _own(error: BaseException | None) -> FxfuseError | None:
-    """The exception of ours that Dynamo wrapped, if there is one."""
-    while error is not None:
-        if isinstance(error, FxfuseError):
-            return error
-        inner = getattr(error, "inner_exception", None)
-        error = inner if inner is not None else error.__cause__
-    return None

@@ -11,16 +11,21 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
-from fxfuse.errors import UnsupportedModelError
+from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.runtime import backend, leaves, live_weights
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
 
 log = logging.getLogger("fxfuse")
 
-# transformers' models share one guarded frame: torch's limit of 8 would leave the ninth model in a process eager.
+# transformers' models share one guarded frame: torch's limit of 8 would leave the ninth in a process eager.
 RECOMPILE_LIMIT = 64
+NOTHING_CAPTURED = (
+    "torch.compile captured no graph: the model runs as it was (it skips torch.nn's own classes, such as "
+    "Sequential, where they are the outermost module)"
+)
 
 
 @dataclass
@@ -47,15 +52,16 @@ def optimize(
     strict: bool = False,
     verify: bool = False,
     report: str = "auto",
+    **unknown: Any,
 ) -> nn.Module:
     """Rewrite the model's computation in place; returns the same model.
 
-    Nothing is compiled or moved before the first call. Calling it again with the same options changes nothing, with
-    others it starts anew. The keywords are those of `fxfuse.runtime.options.Options`; `dynamic` is torch.compile's,
-    where None lets lengths vary from the first graph on.
+    Nothing is compiled or moved before the first call. Calling it again with the same options changes
+    nothing, with others it starts anew. The keywords are those of `fxfuse.runtime.options.Options`; `dynamic`
+    is torch.compile's, where None lets lengths vary from the first graph on.
 
-    Raises OptionError for an unknown pass or value, UnsupportedModelError under strict where anything would be left
-    alone; the model is then as it was.
+    Raises OptionError for an unknown option, pass or value, UnsupportedModelError under strict where anything
+    would be left alone; the model is then as it was.
     """
     options = Options.of(
         {
@@ -66,19 +72,22 @@ def optimize(
             "strict": strict,
             "verify": verify,
             "report": report,
+            **unknown,
         }
     )
+    if dynamic not in (None, True, False):
+        raise OptionError(f"dynamic={dynamic!r}: allowed are None, True, False")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"optimize() takes a torch.nn.Module, not a {type(model).__name__}")
-    state = _states.get(model)
-    if state is not None and is_optimized(model):
-        if (state.options, state.dynamic) == (options, dynamic):
-            return model
-        deoptimize(model)
+    state = _states.get(model) if is_optimized(model) else None
+    if state is not None and (state.options, state.dynamic) == (options, dynamic):
+        return model
     if strict:
         from fxfuse.runtime.explain import explain  # which needs this module
 
         explain(model, passes=passes, weights=weights, inner=inner, strict=True)
+    if state is not None:
+        deoptimize(model)
     leaves.install()
     state = State(options, dynamic, Report(), model._compiled_call_impl)
     model.compile(
@@ -114,9 +123,17 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
             _mark_lengths(args, kwargs)
         token = backend.current_session.set(session)
         try:
-            return compiled(*args, **kwargs)
+            result = compiled(*args, **kwargs)
+        except BackendCompilerFailed as error:
+            own = raised_on_purpose(error)
+            if own is None:
+                raise
+            raise own from None
         finally:
             backend.current_session.reset(token)
+        if not session.report.graphs and session.report.note(NOTHING_CAPTURED):
+            log.warning(NOTHING_CAPTURED)
+        return result
 
     # An outer torch.compile (transformers' automatic one) must not trace into this frame: ours wins.
     return torch.compiler.disable(fxfuse_call, recursive=False)
@@ -125,9 +142,10 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
 def _mark_lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
     """Sequence lengths vary: said before the first graph, it saves compiling a graph for one length only."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor) and value.dim() >= 2 and not value.is_floating_point():
-            if value.shape[-1] > 1:
-                torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
+        if not isinstance(value, torch.Tensor) or value.is_floating_point():
+            continue
+        if value.dim() >= 2 and value.shape[-1] > 1:
+            torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
     for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
         if type(layer).__name__ != "DynamicLayer":
             continue

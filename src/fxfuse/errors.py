@@ -23,3 +23,11 @@ class VerificationError(FxfuseError):
 
 class OptionError(FxfuseError, ValueError):
     """An option or pass name is unknown, or its value is not allowed."""
+
+
+def raised_on_purpose(error: BaseException | None) -> FxfuseError | None:
+    """The exception of ours that another (such as Dynamo's) was raised around, if there is one."""
+    while error is not None and not isinstance(error, FxfuseError):
+        inner = getattr(error, "inner_exception", None)
+        error = inner if inner is not None else error.__cause__
+    return error
