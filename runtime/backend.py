@@ -197,8 +197,10 @@ def _with_live_weights(
                 report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
             )
             report.copied_bytes = weights.copied_bytes
-            if anonymous and report.packed_bytes:
-                _say_packed(report)
+            if anonymous:
+                _remember(report, args)  # which may be others than those the graph was compiled for
+                if report.packed_bytes:
+                    _say_packed(report)
         return run(*args, *tensors)
 
     return call
@@ -220,12 +222,17 @@ def report_of(parameters: Iterable[torch.Tensor]) -> Report | None:
     return next((found for p in parameters if (found := _reports.get(p)) is not None), None)
 
 
+def _remember(report: Report, inputs: Iterable[Any]) -> None:
+    for value in inputs:
+        if isinstance(value, nn.Parameter):
+            _reports[value] = report
+
+
 def _anonymous(inputs: Sequence[Any]) -> Session:
     """A session for torch.compile(model, backend="fxfuse"): graphs of the same parameters share a report."""
     parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
     report = report_of(parameters) or Report()
-    for parameter in parameters:
-        _reports[parameter] = report
+    _remember(report, inputs)
     return Session(report, _root_module(), anonymous=True)
 
 

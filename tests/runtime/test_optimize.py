@@ -1,7 +1,6 @@
 """optimize() and deoptimize(): the same model, the same answers, and everything back as it was."""
 
 import copy
-import logging
 from collections.abc import Callable
 from typing import Any
 

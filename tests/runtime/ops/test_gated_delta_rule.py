@@ -1,0 +1,127 @@
+"""The chunked gated delta rule as one operator: transformers' function is the oracle."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_chunk_gated_delta_rule
+
+from fxfuse.runtime.ops.gated_delta_rule import chunk_gated_delta_rule, reference
+
+LENGTHS = (1, 3, 63, 64, 65, 200)
+
+
+def inputs(
+    length: int, ratio: int = 2, batch: int = 2, heads: int = 2, dk: int = 8, dv: int = 6, state: bool = True
+) -> list[Any]:
+    torch.manual_seed(length * 10 + ratio)
+    values = heads * ratio
+    return [
+        torch.randn(batch, length, heads, dk),
+        torch.randn(batch, length, heads, dk),
+        torch.randn(batch, length, values, dv),
+        F.logsigmoid(torch.randn(batch, length, values)),
+        torch.rand(batch, length, values),
+        torch.randn(batch, values, dk, dv) * 0.1 if state else None,
+    ]
+
+
+def oracle(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, normalise: bool
+) -> Any:
+    """transformers' function in its float32 arithmetic, with heads repeated by hand."""
+    ratio = v.shape[2] // q.shape[2]
+    return torch_chunk_gated_delta_rule(
+        q.repeat_interleave(ratio, 2),
+        k.repeat_interleave(ratio, 2),
+        v,
+        g=g,
+        beta=beta,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=normalise,
+    )
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("length", LENGTHS)
+def test_output_and_state_are_those_of_transformers(length: int, ratio: int) -> None:
+    for state, normalise in itertools.product((False, True), (False, True)):
+        given = inputs(length, ratio, state=state)
+        if not normalise:  # unnormalised keys of this width make the recurrence itself blow up
+            given[1] = F.normalize(given[1], dim=-1)
+        before = [x.clone() if x is not None else None for x in given]
+        out, final = chunk_gated_delta_rule(*given, normalise)
+        expected, expected_final = oracle(*given, normalise)
+        torch.testing.assert_close(out, expected, atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(final, expected_final, atol=2e-5, rtol=1e-4)
+        assert out.is_contiguous() and final.is_contiguous() and final.dtype == torch.float32
+        assert all(b is None or torch.equal(x, b) for x, b in zip(given, before, strict=True))
+
+
+def test_two_halves_with_the_state_between_them_are_the_whole() -> None:
+    whole = inputs(130, state=False)
+    out, final = chunk_gated_delta_rule(*whole, True)
+    first, state = chunk_gated_delta_rule(*[x[:, :70] for x in whole[:5]], None, True)
+    second, last = chunk_gated_delta_rule(*[x[:, 70:] for x in whole[:5]], state, True)
+    torch.testing.assert_close(torch.cat([first, second], 1), out, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(last, final, atol=2e-5, rtol=1e-4)
+
+
+def test_bfloat16_inputs_are_computed_in_float32_and_rounded_once() -> None:
+    given = [x.bfloat16() for x in inputs(65)[:5]]
+    out, final = chunk_gated_delta_rule(*given, None, True)
+    expected, expected_final = reference(*[x.float() for x in given], None, True)
+    assert out.dtype == torch.bfloat16 and final.dtype == torch.float32
+    torch.testing.assert_close(out, expected.bfloat16(), atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(final, expected_final, atol=1e-2, rtol=1e-2)
+
+
+def test_an_empty_sequence_keeps_the_state() -> None:
+    given = inputs(0)
+    out, final = chunk_gated_delta_rule(*given, True)
+    assert out.shape == (2, 0, 4, 6) and torch.equal(final, given[5])
+    assert final.data_ptr() != given[5].data_ptr()
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [1, 65])
+def test_the_operator_keeps_torchs_rules(length: int, state: bool) -> None:
+    given = inputs(length, batch=1, dk=4, dv=3, state=state)
+    leaves = [x.requires_grad_() if x is not None else None for x in given]
+    torch.library.opcheck(chunk_gated_delta_rule, (*leaves, True))
+
+
+def test_strided_inputs_give_what_contiguous_ones_give() -> None:
+    given = inputs(65)
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in given]
+    assert not any(x.is_contiguous() for x in strided[:5])
+    for got, expected in zip(
+        chunk_gated_delta_rule(*strided, True), chunk_gated_delta_rule(*given, True), strict=True
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("state", [False, True])
+@pytest.mark.parametrize("length", [3, 65])
+def test_gradients_are_those_of_transformers(length: int, state: bool) -> None:
+    given = inputs(length, state=state)
+    ours = [x.clone().requires_grad_() for x in given if x is not None]
+    theirs = [x.clone().requires_grad_() for x in given if x is not None]
+    rest = [] if state else [None]
+    for leaves, function in ((ours, chunk_gated_delta_rule), (theirs, oracle)):
+        out, final = function(*leaves, *rest, True)
+        torch.manual_seed(1)
+        ((out * torch.randn(out.shape)).sum() + (final * torch.randn(final.shape)).sum()).backward()
+    for name, a, b in zip(("q", "k", "v", "g", "beta", "state"), ours, theirs, strict=False):
+        assert a.grad is not None and b.grad is not None
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-3, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_gradient_of_one_output_alone_is_enough() -> None:
+    given = [x.requires_grad_() for x in inputs(5)]
+    chunk_gated_delta_rule(*given, True)[1].sum().backward()
+    assert all(x.grad is not None for x in given[1:])

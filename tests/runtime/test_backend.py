@@ -1,0 +1,164 @@
+"""torch.compile(model, backend="fxfuse"): found by name, honest about what it moves, right under gradients."""
+
+import copy
+import logging
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fxfuse
+from fxfuse.runtime import live_weights
+from fxfuse.runtime.backend import report_of
+
+Make = Callable[..., Any]
+
+BY_NAME = """
+    import sys, torch
+    from torch import nn
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate, self.up = nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+
+        def forward(self, x):
+            return self.gate(x).relu() * self.up(x)
+
+    model, x = Gated(), torch.randn(3, 8)
+    assert "fxfuse" in torch._dynamo.list_backends()
+    assert not any(name.startswith("fxfuse") for name in sys.modules)
+    compiled = torch.compile(model, backend="fxfuse", options={"inner": "eager"})
+    with torch.no_grad():
+        assert torch.equal(compiled(x), model(x))
+    import fxfuse
+    from fxfuse.runtime.optimize import optimization_report
+    report = optimization_report(model)
+    assert report.calls == 1 and report.matched == 1 and report.packed_bytes == 2 * 8 * 16 * 4, report
+    fxfuse.deoptimize(model)
+    try:
+        torch.compile(model, backend="fxfuse", options={"innner": "eager"}, dynamic=False)(torch.randn(2, 8))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+def test_the_name_is_enough_without_importing_us_and_a_misspelt_option_is_readable() -> None:
+    found = subprocess.run([sys.executable, "-c", textwrap.dedent(BY_NAME)], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "unknown option 'innner': known are passes, weights, inner" in found.stdout
+    assert "now lie in fused memory" in found.stderr
+
+
+@pytest.fixture()
+def compiled(make_model: Make) -> tuple[Any, Any]:
+    model = make_model(layers=("full_attention",))
+    return model, torch.compile(model, backend="fxfuse", options={"inner": "eager"})
+
+
+def test_it_says_once_that_it_packed_the_parameters_and_how_to_undo_that(
+    make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make_model()
+    compiled = torch.compile(model, backend="fxfuse", options={"inner": "eager"})
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad(), caplog.at_level(logging.WARNING, "fxfuse"):
+        for _ in range(2):
+            out = compiled(prompt, use_cache=True)
+            compiled(prompt[:, :1], past_key_values=out.past_key_values, use_cache=True)
+    report = model.optimization_report
+    assert report is not None and [g.phase for g in report.graphs] == ["prefill", "decode"]
+    assert [g.calls for g in report.graphs] == [2, 2] and [g.packs for g in report.graphs] == [1, 1]
+    said = [record.message for record in caplog.records if "now lie in fused memory" in record.message]
+    assert len(said) == 1 and "fxfuse.deoptimize(model)" in said[0]
+    assert sum("fxfuse.deoptimize(model)" in note for note in report.notes) == 1
+    torch.testing.assert_close(out.logits, plain_logits(model, prompt), atol=1e-5, rtol=1e-4)
+    assert fxfuse.deoptimize(model) is model
+    assert live_weights.packed_bytes(model.parameters()) == 0
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in state.items())
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_it_is_never_stale_either(
+    compiled: tuple[Any, Any],
+    make_model: Make,
+    prompt: Tensor,
+    plain_logits: Callable[..., Tensor],
+    assign: bool,
+) -> None:
+    model, call = compiled
+    fresh = [make_model(layers=("full_attention",), seed=seed) for seed in (0, 1)]
+    got = []
+    for source in (fresh[0], fresh[1], fresh[0]):
+        model.load_state_dict(copy.deepcopy(source.state_dict()), assign=assign)
+        with torch.no_grad():
+            got.append(call(prompt).logits)
+        torch.testing.assert_close(got[-1], plain_logits(source, prompt), atol=1e-5, rtol=1e-4)
+    assert torch.equal(got[0], got[2]) and not torch.equal(got[0], got[1])
+    report = report_of(model.parameters())
+    assert report is not None and report.calls >= 1 and report.matched == 2
+
+
+# Gradients.
+
+
+def gradients(model: Any, prompt: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(prompt, labels=prompt, use_cache=False).loss.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_gradients_of_all_parameters_are_the_originals_and_the_refusal_names_grad_mode(
+    make_model: Make, prompt: Tensor, inner: str
+) -> None:
+    model = make_model()
+    expected = gradients(copy.deepcopy(model), prompt)
+    model.optimize(inner=inner)
+    got = gradients(model, prompt)
+    assert got.keys() == expected.keys() == dict(model.named_parameters()).keys()
+    for name in expected:
+        torch.testing.assert_close(
+            got[name], expected[name], atol=1e-5, rtol=1e-3, msg=lambda m, n=name: n + m
+        )
+    report = model.optimization_report
+    assert report.calls == 1 and report.matched == 0
+    assert report.misses and all("grad mode is on" in miss.reason for miss in report.misses)
+    assert live_weights.packed_bytes(model.parameters()) == 0
+
+
+def test_a_frozen_base_merges_under_grad_mode_and_the_rest_gets_its_gradients(
+    make_model: Make, prompt: Tensor
+) -> None:
+    model = make_model()
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name or "lm_head" in name)
+    expected = gradients(copy.deepcopy(model), prompt)
+    model.optimize(inner="aot_eager")
+    got = gradients(model, prompt)
+    assert got.keys() == expected.keys() and 0 < len(got) < len(list(model.parameters()))
+    for name in expected:
+        torch.testing.assert_close(got[name], expected[name], atol=1e-5, rtol=1e-3)
+    report = model.optimization_report
+    assert report.calls == 1 and report.matched == 4 and not report.misses
+    assert live_weights.packed_bytes(model.parameters()) > 0
+
+
+def test_training_steps_in_place_are_seen_by_the_next_answer(
+    make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor]
+) -> None:
+    model = make_model(layers=("full_attention",)).optimize(inner="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        with torch.no_grad():
+            got = model(prompt, use_cache=False).logits
+        torch.testing.assert_close(got, plain_logits(model, prompt, use_cache=False), atol=1e-5, rtol=1e-4)
+        gradients(model, prompt)
+        optimizer.step()
+    assert model.optimization_report.calls == 4
+    assert [g.packs for g in model.optimization_report.graphs] == [1, 0]
