@@ -9,6 +9,7 @@ from collections import defaultdict
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import sets_grad_mode
 from fxfuse.passes.program import Program
@@ -58,7 +59,8 @@ def _fold_idle_dropout(program: Program) -> None:
 def _cat_of_one_is_a_copy(program: Program) -> None:
     """cat([empty, x]) -> clone(x), contiguous as eager's is: Inductor would keep x's strides.
 
-    A key-value cache starts so; with other strides the first decoded token would be another graph than the next.
+    A key-value cache starts so; with other strides the first decoded token would be another graph than the
+    next.
     """
     for node in program.calls(ops.CAT):
         parts = node.args[0]
@@ -71,7 +73,9 @@ def _cat_of_one_is_a_copy(program: Program) -> None:
 
 def _is_legacy_empty(part: object) -> bool:
     """A tensor of shape [0], which cat skips whatever the others' shape is."""
-    return isinstance(part, Node) and part.meta["val"].dim() == 1 and part.meta["val"].shape[0] == 0
+    if not isinstance(part, Node) or part.meta["val"].dim() != 1:
+        return False
+    return statically_known_true(part.meta["val"].shape[0] == 0)
 
 
 def _fold_identities(program: Program) -> None:

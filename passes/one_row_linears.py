@@ -4,6 +4,8 @@ Before: y = linear(x, W)                        x: one row
 After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
 """
 
+from typing import Any
+
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -37,19 +39,24 @@ def is_inference(program: Program, linear: Node) -> bool:
 def _replace(program: Program, linear: Node) -> None:
     aten, graph = torch.ops.aten, program.graph
     x, weight, bias = linear.args[0], weight_of(linear), bias_of(linear)
-    value = linear.meta["val"]
+    dtype, dims = linear.meta["val"].dtype, linear.meta["val"].dim()
+
+    def call(target: Any, *args: Any) -> Node:
+        node = graph.call_function(target, args)
+        node.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
+        return node
+
+    def cast(node: Node, given: torch.dtype, wanted: torch.dtype) -> Node:
+        return node if given == wanted else call(aten.to.dtype, node, wanted)
+
     with graph.inserting_before(linear):
-        row = graph.call_function(aten.reshape.default, (x, [-1]))
-        wide = [graph.call_function(aten.to.dtype, (n, torch.float32)) for n in (weight, row)]
-        product = graph.call_function(aten.mul.Tensor, tuple(wide))
-        y = graph.call_function(aten.sum.dim_IntList, (product, [-1]))
+        row = cast(call(aten.reshape.default, x, [-1]), x.meta["val"].dtype, torch.float32)  # type: ignore[union-attr]
+        wide = cast(weight, weight.meta["val"].dtype, torch.float32)
+        y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, wide, row), [-1])
         if bias is not None:
-            y = graph.call_function(aten.add.Tensor, (y, bias))
-        y = graph.call_function(aten.to.dtype, (y, value.dtype))
-        leading = [1] * (value.dim() - 1)
-        y = graph.call_function(aten.reshape.default, (y, [*leading, weight.meta["val"].shape[0]]))
-    for node in linear.users:
-        node.meta.setdefault("nn_module_stack", {})
+            y = call(aten.add.Tensor, y, bias)
+        y = cast(y, torch.float32, dtype)
+        y = call(aten.reshape.default, y, [*[1] * (dims - 1), weight.meta["val"].shape[0]])
     linear.replace_all_uses_with(y)
     graph.erase_node(linear)
 

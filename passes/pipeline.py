@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fxfuse.errors import OptionError
 from fxfuse.passes import layout_chains, one_row_linears, same_input_linears
 from fxfuse.passes.normalise import normalise
-from fxfuse.passes.outcome import Miss, Outcome
+from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program
 
 log = logging.getLogger("fxfuse")
@@ -50,26 +50,37 @@ def selected(names: str | Sequence[str], inner: str) -> tuple[Pass, ...]:
 def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, Outcome]]:
     """Normalise and run the passes; the program given stays as it is.
 
-    A pass that raises, or leaves a graph that does not hold together, is undone and reported as a miss.
+    A pass that raises, or leaves a graph that does not hold together, is undone and reported as a miss; if
+    the normal form fails so, no pass runs.
     """
-    program = program.copy()
-    normalise(program)
-    program.refresh()
-    outcomes: dict[str, Outcome] = {}
+    given, outcomes = program, {}
+    program, outcome = _attempt("normalise", _normalised, program)
+    if outcome.misses:
+        outcomes["normalise"] = outcome
+        passes = ()
     for each in passes:
-        attempt = program.copy()
-        try:
-            outcome = each.run(attempt)
-            if outcome.matches:
-                attempt.graph.lint()
-                attempt.refresh()
-        except Exception as error:
-            log.warning("pass %s was undone: %s: %s", each.name, type(error).__name__, error)
-            reason = f"the pass failed and was undone: {type(error).__name__}: {error}"
-            outcomes[each.name] = Outcome(misses=[Miss(each.name, "", "", reason)])
-            continue
-        outcomes[each.name] = outcome
-        if outcome.matches:
-            program = attempt
+        program, outcomes[each.name] = _attempt(each.name, each.run, program)
+    if program is given:
+        program = program.copy()
     program.graph_module.recompile()
     return program, outcomes
+
+
+def _normalised(program: Program) -> Outcome:
+    normalise(program)
+    return Outcome(matches=[Match("normalise", "", (), "")])
+
+
+def _attempt(name: str, run: Callable[[Program], Outcome], program: Program) -> tuple[Program, Outcome]:
+    """The program after `run`, and what it did; where it fails, the program as it was, and the reason."""
+    attempt = program.copy()
+    try:
+        outcome = run(attempt)
+        if outcome.matches:
+            attempt.graph.lint()
+            attempt.refresh()
+    except Exception as error:
+        log.warning("pass %s was undone: %s: %s", name, type(error).__name__, error)
+        reason = f"the pass failed and was undone: {type(error).__name__}: {error}"
+        return program, Outcome(misses=[Miss(name, "", "", reason)])
+    return (attempt if outcome.matches else program), outcome

@@ -19,9 +19,11 @@ from fxfuse.passes import pipeline
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
-from fxfuse.runtime import live_weights
+from fxfuse.runtime import live_weights, ops
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import GraphRecord, Report
+
+assert ops  # imported for the operators it registers: passes write calls of them
 
 
 @dataclass(frozen=True)
