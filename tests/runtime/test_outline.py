@@ -1,0 +1,150 @@
+"""A graph cut at its layers computes what it computed, and equal layers are compiled once."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fxfuse
+from fxfuse.runtime import inner, outline
+
+LAYERS = 8
+
+
+@pytest.fixture(scope="module")
+def model(make_model: Callable[..., Any]) -> Any:
+    return make_model((("linear_attention",) * 3 + ("full_attention",)) * (LAYERS // 4))
+
+
+class Recorder:
+    """Outlines every graph with pieces that run as they are, and counts the pieces it was given."""
+
+    def __init__(self) -> None:
+        self.graphs: list[tuple[int, int]] = []
+
+    def __call__(self, name: str, mode: Any, graph: GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        distinct = 0
+
+        def as_it_is(piece: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+            nonlocal distinct
+            distinct += 1
+            assert len(values) == len(piece.graph.find_nodes(op="placeholder"))
+            return piece
+
+        run = outline.outlined(graph, as_it_is)
+        self.graphs.append((len(outline.segments(graph.graph)), distinct))
+        return run
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_pieces_give_the_same_tokens_and_equal_layers_are_one_compilation(
+    model: Any, cache: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder = Recorder()
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
+    prompts = [torch.randint(1, 300, (1, length)) for length in (9, 17)]
+    expected = [model.generate(prompt, **options) for prompt in prompts]
+    monkeypatch.setattr(inner, "compile_graph", recorder)
+    with fxfuse.optimized(model, inner="eager"):
+        for prompt, tokens in zip(prompts, expected, strict=True):
+            assert torch.equal(model.generate(prompt, **options), tokens)
+        assert model.optimization_report.calls == 8
+    assert recorder.graphs
+    for segments, distinct in recorder.graphs:
+        assert segments == LAYERS + 2
+        assert distinct <= 6
+
+
+def graph_of(function: Callable[..., Any], *inputs: torch.Tensor) -> GraphModule:
+    traced = make_fx(function, tracing_mode="fake")(*inputs)
+    calls = [node for node in traced.graph.nodes if node.op == "call_function"]
+    for i, node in enumerate(calls):
+        node.meta["nn_module_stack"] = {"": (f"L['self'].layers.{i * 3 // len(calls)}", None)}
+    return traced
+
+
+def compile_counting(compiled: list[GraphModule]) -> outline.Compile:
+    def compile_piece(piece: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(piece)
+        return piece
+
+    return compile_piece
+
+
+def test_equal_layers_over_other_weights_share_and_another_literal_does_not() -> None:
+    def same(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for weight in weights:
+            x = torch.ops.aten.mul.Tensor(x, weight)
+        return x
+
+    def other(x: torch.Tensor, *weights: torch.Tensor) -> torch.Tensor:
+        for i, weight in enumerate(weights):
+            x = torch.ops.aten.add.Tensor(x, weight, alpha=1 + (i == 2))
+        return x
+
+    inputs = [torch.randn(3, 4) for _ in range(4)]
+    for function, distinct in ((same, 1), (other, 2)):
+        compiled: list[GraphModule] = []
+        run = outline.outlined(graph_of(function, *inputs), compile_counting(compiled))
+        assert torch.equal(run(*inputs), function(*inputs))
+        assert len(compiled) == distinct
+
+
+def test_layers_whose_inputs_differ_in_strides_do_not_share() -> None:
+    def scaled(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+        return x * a * b * c
+
+    inputs = [torch.randn(4, 4) for _ in range(4)]
+    inputs[2] = inputs[2].t()
+    compiled: list[GraphModule] = []
+    run = outline.outlined(graph_of(scaled, *inputs), compile_counting(compiled))
+    assert torch.equal(run(*inputs), scaled(*inputs))
+    assert len(compiled) == 2
+
+
+def test_a_write_in_one_layer_is_read_in_the_next() -> None:
+    def writes(x: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        state.copy_(y)
+        return state * 2
+
+    def run_with(function: Callable[..., Any]) -> list[torch.Tensor]:
+        x, state = torch.ones(2, 2), torch.zeros(2, 2)
+        return [function(x, state), state]
+
+    run = outline.outlined(graph_of(writes, torch.ones(2, 2), torch.zeros(2, 2)), lambda piece, values: piece)
+    assert all(torch.equal(a, b) for a, b in zip(run_with(run), run_with(writes), strict=True))
+
+
+def test_a_list_that_would_cross_a_boundary_keeps_the_graph_whole() -> None:
+    def splits(x: torch.Tensor) -> torch.Tensor:
+        parts = torch.ops.aten.split.Tensor(x, 2)
+        return parts[0] + parts[1]
+
+    x = torch.randn(4, 3)
+    compiled: list[GraphModule] = []
+    run = outline.outlined(graph_of(splits, x), compile_counting(compiled))
+    assert torch.equal(run(x), splits(x))
+    assert len(compiled) == 1
+
+
+@pytest.mark.inductor
+@pytest.mark.slow
+def test_inductor_compiles_four_or_five_pieces_for_eight_layers(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import compile_fx
+
+    calls = []
+    original = compile_fx.compile_fx
+    monkeypatch.setattr(compile_fx, "compile_fx", lambda *a, **k: calls.append(1) or original(*a, **k))
+    prompt = torch.randint(1, 300, (1, 9))
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    expected = model.generate(prompt, **options)
+    with fxfuse.optimized(model):
+        assert torch.equal(model.generate(prompt, **options), expected)
+        assert len(model.optimization_report.graphs) == 2
+    assert len(calls) <= 12
