@@ -75,6 +75,7 @@ class Demonstration:
     calls: dict[str, int] = field(default_factory=dict)
     timings: dict[str, Timing] = field(default_factory=dict)
     not_timed: dict[str, str] = field(default_factory=dict)
+    load_before: float = 0.0
     report: Any = None
 
     @property
@@ -138,12 +139,14 @@ def run(
 
 
 def _demonstrate(checkpoint: str, tokens: int, say: "_Progress") -> Demonstration:
+    load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     say("fp32: what eager generates is the reference")
     model = load(checkpoint, torch.float32)
     prompt = prompt_for(checkpoint, model)
     expected = generate(model, prompt, tokens, logits=True)
     result = Demonstration(checkpoint, type(model).__name__, _device(model.device), prompt.shape[1], tokens)
     result.distinct_tokens = len(set(expected.tokens))
+    result.load_before = load_before
     result.error_limit = default_slack(model.config.get_text_config().hidden_size)
     del model
 
@@ -489,6 +492,12 @@ def show(result: Demonstration, out: Console) -> None:
     else:
         out.print(
             f"{COMPILE} compiles decode only, as transformers' generate() does; its prompt runs eagerly"
+        )
+    cores = os.cpu_count() or 1
+    if result.load_before > cores / 2:
+        out.print(
+            f"the machine was busy before this began (load {result.load_before:.1f} on {cores} cores):"
+            " these times may say little"
         )
     out.print(f"\n{result.verdict}", markup=False)
 

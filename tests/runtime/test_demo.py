@@ -247,6 +247,13 @@ class TestRun:
         assert "torch.compile: not timed. no C++ compiler" in text
         assert 'inner="eager"' in text
 
+    @pytest.mark.parametrize("load", [0.0, 1e3])
+    def test_a_busy_machine_is_mentioned(
+        self, load: float, toy: str, optimized: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(os, "getloadavg", lambda: (load, load, load))
+        assert ("busy" in self.run(toy)[1]) == (load > 0)
+
     def test_a_model_that_computes_something_else_fails(
         self, toy: str, optimized: list[PreTrainedModel], monkeypatch: pytest.MonkeyPatch
     ) -> None:
