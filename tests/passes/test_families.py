@@ -209,7 +209,7 @@ def test_a_gated_delta_net_block_keeps_every_bit() -> None:
 def test_an_attention_block_keeps_every_bit(kind: str, attention: str) -> None:
     config = CONFIGS[kind]
     config._attn_implementation = attention
-    positions = Qwen3_5TextRotaryEmbedding(config)(HIDDEN, torch.arange(5)[None])
+    positions = Qwen3_5TextRotaryEmbedding(config)(HIDDEN, torch.arange(5).expand(3, 2, 5))
     compiled_equals_eager(
         Qwen3_5Attention(config, 3).eval(),
         ["q_k_v_proj"],
