@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -119,11 +119,10 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
     """The model's compiled call: says for whom graphs are compiled, and which sizes will vary."""
 
     def fxfuse_call(*args: Any, **kwargs: Any) -> Any:
-        if mark_lengths:
-            _mark_lengths(args, kwargs)
         token = backend.current_session.set(session)
         try:
-            result = compiled(*args, **kwargs)
+            with _varying(_lengths(args, kwargs) if mark_lengths else ()):
+                result = compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             own = raised_on_purpose(error)
             if own is None:
@@ -139,19 +138,43 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
     return torch.compiler.disable(fxfuse_call, recursive=False)
 
 
-def _mark_lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-    """Sequence lengths vary: said before the first graph, it saves compiling a graph for one length only."""
+def _lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, int]]:
+    """Where a call's tensors have the length of a sequence as a size."""
     for value in (*args, *kwargs.values()):
         if not isinstance(value, torch.Tensor) or value.is_floating_point():
             continue
         if value.dim() >= 2 and value.shape[-1] > 1:
-            torch._dynamo.maybe_mark_dynamic(value, value.dim() - 1)
+            yield value, value.dim() - 1
     for layer in getattr(kwargs.get("past_key_values"), "layers", ()):
         if type(layer).__name__ != "DynamicLayer":
             continue
         for tensor in (layer.keys, layer.values):
             if isinstance(tensor, torch.Tensor) and tensor.dim() == 4 and tensor.shape[2] > 1:
-                torch._dynamo.maybe_mark_dynamic(tensor, 2)
+                yield tensor, 2
+
+
+@contextmanager
+def _varying(lengths: Iterable[tuple[torch.Tensor, int]]) -> Iterator[None]:
+    """Say that lengths vary before the first graph, which saves compiling one for the first length only.
+
+    Nothing of it stays on the caller's tensors: another compilation would take it for its own.
+    """
+    marked: list[tuple[torch.Tensor, set[str]]] = []
+    for tensor, dim in lengths:
+        before = set(vars(tensor))
+        if not any(map(_is_mark, before)):
+            torch._dynamo.maybe_mark_dynamic(tensor, dim)
+            marked.append((tensor, before))
+    try:
+        yield
+    finally:
+        for tensor, before in marked:
+            for name in filter(_is_mark, vars(tensor).keys() - before):
+                vars(tensor).pop(name, None)
+
+
+def _is_mark(attribute: str) -> bool:
+    return attribute.startswith(("_dynamo_", "_has_dynamo_"))
 
 
 def is_optimized(model: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""torch.compile(model, backend="fxfuse"): found by name, honest about what it moves, right under gradients."""
+"""torch.compile(model, backend="fxfuse"): found by name, says what it moves, right under gradients."""
 
 import copy
 import logging
