@@ -85,13 +85,16 @@ def test_an_operator_that_does_not_say_what_it_writes_may_write_to_everything() 
 
 def test_same_memory_is_the_same_elements_in_the_same_order() -> None:
     def function(x: Tensor) -> list[Tensor]:
-        same = [x.view(2, 3), x[:, :]]
-        other = [x.t(), x[:1], x.clone(), x.view(torch.int32), x.view(3, 2), x.detach().view(-1), x + 0]
+        same = [x.view(2, 2), x[:, :]]
+        other = [x.t(), x[:1], x.clone(), x.view(torch.int32), x.view(4), x.detach().view(-1), x + 0]
         return [*same, *other]
 
-    graph = graph_of(function, (2, 3))
+    graph = graph_of(function, (2, 2))
     (x,), (output,) = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     assert [same_memory(x, node) for node in output.args[0]] == [True] * 2 + [False] * 7
+    rows = graph_of(lambda x: [x[:1], x[1:]], (2, 2))
+    (output,) = rows.find_nodes(op="output")
+    assert not same_memory(*output.args[0])
 
 
 def test_modes_are_equal_exactly_where_the_same_ones_hold() -> None:
