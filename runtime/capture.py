@@ -42,7 +42,7 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
 
 
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
-    """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given is not changed."""
+    """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
     run = make_fx(lambda *args: Interpreter(graph_module).run(*args), pre_dispatch=True)
     with preserve_node_meta(), mode_of(fakes) or nullcontext():
         return run(*fakes)

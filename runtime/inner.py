@@ -1,7 +1,7 @@
 """What runs a rewritten graph: Inductor, AOTAutograd in eager mode, or the graph as it is."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.fx import GraphModule
@@ -41,10 +41,16 @@ def compile_graph(
         return graph_module
     if inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(graph_module, list(inputs))
+    if mode in (None, "default") and repeats(graph_module):
+        return outlined(graph_module, _inductor)
+    return _inductor(graph_module, inputs, mode)
+
+
+def _inductor(
+    graph_module: GraphModule, inputs: Sequence[Any], mode: Mode | None = None
+) -> Callable[..., Any]:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
-    if mode in (None, "default") and repeats(graph_module):
-        return outlined(graph_module, lambda piece, values: compile_fx(piece, list(values)))
-    patches = list_mode_options(mode) if mode not in (None, "default") else None
-    return compile_fx(graph_module, list(inputs), config_patches=patches)
+    patches = None if mode in (None, "default") else list_mode_options(mode)
+    return cast(Callable[..., Any], compile_fx(graph_module, list(inputs), config_patches=patches))

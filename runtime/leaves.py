@@ -1,8 +1,8 @@
 """Functions that capture keeps as one node instead of tracing into their loops.
 
-The chunked delta rule unrolls over the sequence: 16 nodes for each 64 tokens, another graph for each length. Dynamo is
-given a polyfill that calls the library operator when the graph is for fxfuse, and the original code when it is for
-anybody else, so that a plain torch.compile in the same process sees what it always saw.
+The chunked delta rule unrolls over the sequence: 16 nodes for each 64 tokens, another graph for each length.
+Dynamo is given a polyfill that calls the library operator when the graph is for fxfuse, and the original code
+when it is for anybody else, so that a plain torch.compile in the same process sees what it always saw.
 """
 
 import sys
@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch._dynamo.symbolic_convert import InstructionTranslator
 
-from fxfuse.runtime.families import FAMILIES
 from fxfuse.runtime import ops  # registers the operators
+from fxfuse.runtime.families import FAMILIES
 
 __all__ = ["install"]
 

@@ -19,8 +19,8 @@ class Options:
 
     Attributes:
         passes: "default", or the names of the passes to run.
-        weights: "auto" lays parameters out in shared memory and never copies; "copy" also folds permutations of
-            rows into a copy of the weight, which does not see writes that leave no trace on the parameter
+        weights: "auto" lays parameters out in shared memory and never copies; "copy" also folds permutations
+            of rows into a copy of the weight, which does not see writes that leave no trace on the parameter
             (`p.data.copy_()`, fused optimizers, numpy).
         inner: what compiles the rewritten graph.
         mode: a mode of torch.compile, for the inner backend inductor.

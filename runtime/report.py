@@ -62,7 +62,7 @@ class Report:
     Attributes:
         graphs: one record for each compiled graph, in the order of compilation.
         notes: what the user should know, in words.
-        packed_bytes, copied_bytes: memory that parameters share with fused weights, and that copies take on top.
+        packed_bytes, copied_bytes: what parameters share with fused weights, and what copies take on top.
     """
 
     graphs: list[GraphRecord] = field(default_factory=list)
@@ -87,7 +87,7 @@ class Report:
 
     @property
     def rows(self) -> list[Row]:
-        """Matches and candidates by rule, place and phase; layers that differ in their number alone are one row."""
+        """Matches and candidates by rule, place and phase; places that differ in a number alone are one."""
         places: dict[tuple[str, str, str, str], dict[str, set[str]]] = defaultdict(
             lambda: {"matched": set(), "missed": set()}
         )

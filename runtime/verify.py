@@ -21,7 +21,7 @@ ROUNDINGS = 16.0
 
 
 def relative_error(candidate: torch.Tensor, reference: torch.Tensor) -> float:
-    """RMS of the difference over RMS of the reference; 0.0 for equal tensors, inf where they cannot be compared."""
+    """RMS of the difference over RMS of the reference; 0.0 where equal, inf where they cannot be compared."""
     if candidate.shape != reference.shape or candidate.dtype != reference.dtype:
         return float("inf")
     if torch.equal(candidate, reference):
@@ -47,7 +47,7 @@ def _worst(candidate: Any, reference: Any) -> float:
 def verified(
     call: Callable[..., Any], original: Callable[..., Any], record: GraphRecord, strict: bool, report: Report
 ) -> Callable[..., Any]:
-    """`call`, compared with `original` on its first arguments; on a difference the original stays in its place.
+    """`call`, compared with `original` on its first arguments; where they differ the original steps in.
 
     Raises VerificationError in that case under strict.
     """
@@ -65,8 +65,8 @@ def verified(
         verdict = error <= 1.0
         if not verdict:
             text = (
-                f"a compiled {record.phase} graph does not reproduce the original ({error:.1f} times the allowed "
-                "difference): the original stays in its place"
+                f"a compiled {record.phase} graph does not reproduce the original ({error:.1f} times the "
+                "allowed difference): the original stays in its place"
             )
             report.note(text)
             if strict:

@@ -1,7 +1,8 @@
-"""Gated delta rule over a whole sequence: S_t = exp(g_t)·S_{t-1}·(I − β_t k_t k_tᵀ) + β_t k_t v_tᵀ, o_t = S_tᵀ q_t.
+"""Gated delta rule over a sequence: S_t = exp(g_t)·S_{t-1}·(I − β_t k_t k_tᵀ) + β_t k_t v_tᵀ, o_t = S_tᵀ q_t.
 
-Formula: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), in its chunked form: inside a chunk the product of the
-rank-one updates is the solution of one unit lower-triangular system, between chunks only the state is carried.
+Formula: Yang, Kautz, Hatamizadeh, "Gated Delta Networks" (2024), in its chunked form: inside a chunk the
+product of the rank-one updates is the solution of one unit lower-triangular system, between chunks only the
+state is carried.
 """
 
 import torch
@@ -12,7 +13,7 @@ L2_EPSILON = 1e-6
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, T, h, ...] in any float dtype to [B, heads, T, ...] in fp32, every head repeated heads / h times."""
+    """[B, T, h, ...] in any float dtype to [B, heads, T, ...] in fp32, each head repeated heads / h times."""
     x = x.transpose(1, 2).to(torch.float32)
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
@@ -120,17 +121,19 @@ def chunk_gated_delta_rule_backward(
     initial_state: Tensor | None,
     normalise: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, g, beta and the initial state, by recomputing the reference under autograd.
+    """Gradients of query, key, value, g, beta and the initial state: autograd over the reference, recomputed.
 
     The last one is an empty tensor where there was no initial state.
     """
     given = [query, key, value, g, beta, *([] if initial_state is None else [initial_state])]
 
-    def forward(*leaves: Tensor) -> tuple[Tensor, Tensor]:
-        return reference(*leaves[:5], leaves[5] if initial_state is not None else None, normalise)
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, *state: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return reference(q, k, v, g, b, state[0] if state else None, normalise)
 
     # An operator's kernel runs below autograd; torch.func brings its own.
-    outs, pull = torch.func.vjp(forward, *given)
+    outs, pull = torch.func.vjp(forward, *given)[:2]
     cotangents = tuple(
         torch.zeros_like(o) if d is None else d for o, d in zip(outs, (grad_out, grad_state), strict=True)
     )

@@ -96,7 +96,7 @@ def test_a_model_that_cannot_be_captured_is_an_error_of_ours() -> None:
         def forward(self, x: Tensor) -> Tensor:
             raise ValueError("no forward here")
 
-    with pytest.raises(UnsupportedModelError, match="Broken.*no forward here"):
+    with pytest.raises(UnsupportedModelError, match=r"Broken.*no forward here"):
         fxfuse.explain(Broken(), inputs={"x": torch.randn(1, 4)}, inner="eager")
     with pytest.raises(OptionError, match="unknown pass"):
         fxfuse.explain(Broken(), passes=["nothing"])
