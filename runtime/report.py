@@ -15,6 +15,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.pipeline import PASSES
+
+# Runs of layer numbers that a table spells out; of more, the first two and the last.
+MOST_SPANS = 4
 
 
 @dataclass
@@ -161,12 +165,17 @@ class Report:
         return dict(places)
 
     def _table(self) -> Table:
-        table = Table(title="fxfuse", title_justify="left")
-        for heading in ("rule", "where", "what", "phase"):
-            table.add_column(heading, overflow="fold")
-        table.add_column("matched", justify="right")
+        phases = list(dict.fromkeys(row.phase for row in self.rows))
+        lines: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
         for row in self.rows:
-            table.add_row(row.rule, row.where, row.detail, row.phase, f"{row.matched} of {row.candidates}")
+            lines[row.rule, row.where, row.detail][row.phase] = f"{row.matched} of {row.candidates}"
+        table = Table(title="fxfuse", title_justify="left")
+        for heading in ("rule", "where", "what"):
+            table.add_column(heading, overflow="fold")
+        for phase in phases:
+            table.add_column(phase, justify="right", no_wrap=True)
+        for (rule, where, detail), counts in sorted(lines.items(), key=lambda line: _order(line[0][0])):
+            table.add_row(rule, where, detail, *(counts.get(phase, "") for phase in phases))
         return table
 
     def _summary(self) -> str:
@@ -183,12 +192,18 @@ class Report:
         )
 
 
+def _order(rule: str) -> int:
+    """The place of a rule in the pipeline; one that is not there comes last."""
+    names = [p.name for p in PASSES]
+    return names.index(rule) if rule in names else len(names)
+
+
 def _pattern(where: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", where)
 
 
 def _grouped(pattern: str, places: Iterable[str]) -> str:
-    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, or `layers.{0,1,2,4}.mlp`."""
+    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, or `layers.{0..2,4..6,…,20..22}.mlp`."""
     if pattern.count("*") != 1:
         return pattern
     head, tail = pattern.split("*")
@@ -199,7 +214,8 @@ def _grouped(pattern: str, places: Iterable[str]) -> str:
             spans[-1].append(number)
         else:
             spans.append([number])
-    text = ",".join(str(s[0]) if len(s) == 1 else f"{s[0]}..{s[-1]}" for s in spans)
+    parts = [str(s[0]) if len(s) == 1 else f"{s[0]}..{s[-1]}" for s in spans]
+    text = ",".join(parts if len(parts) <= MOST_SPANS else [*parts[:2], "…", parts[-1]])
     return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
 
 
