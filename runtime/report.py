@@ -203,7 +203,7 @@ def _pattern(where: str) -> str:
 
 
 def _grouped(pattern: str, places: Iterable[str]) -> str:
-    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, or `layers.{0..2,4..6,…,20..22}.mlp`."""
+    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, `layers.{0..2,4..6,…,20..22}.mlp`."""
     if pattern.count("*") != 1:
         return pattern
     head, tail = pattern.split("*")
