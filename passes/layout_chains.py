@@ -1,4 +1,4 @@
-"""A split→reshape→cat chain behind a linear only moves features: strided views, or an order of the weight's rows.
+"""A split→reshape→cat chain behind a linear moves features: strided views, or an order of the weight's rows.
 
     Before: y = linear(x, W); q, k, v, z = split(reshape(y, [B, T, H, G]), …, 3); m = cat([reshape(q), …], -1)
     After:  m = gather_features(y, blocks of q, k, v); z = gather_features(y, block of z)

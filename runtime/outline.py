@@ -1,7 +1,7 @@
-"""Repeated layers are compiled once: the graph is cut at layer boundaries, and equal pieces share one compilation.
+"""Repeated layers are compiled once: the graph is cut at layers, and equal pieces share one compilation.
 
-A decoder of 24 layers has two or three distinct ones. A piece takes its layer's weights and caches as inputs, so that
-what is compiled for one layer serves every layer of the same structure.
+A decoder of 24 layers has two or three distinct ones. A piece takes its layer's weights and caches as inputs,
+so that what is compiled for one layer serves every layer of the same structure.
 """
 
 from __future__ import annotations
@@ -152,7 +152,9 @@ def outlined(graph_module: GraphModule, compile_piece: Compile) -> Callable[...,
     return _stitched(graph_module.graph, pieces, [compiled[piece.structure] for piece in pieces])
 
 
-def _stitched(graph: Graph, pieces: Sequence[Piece], calls: Sequence[Callable[..., Any]]) -> Callable[..., Any]:
+def _stitched(
+    graph: Graph, pieces: Sequence[Piece], calls: Sequence[Callable[..., Any]]
+) -> Callable[..., Any]:
     """One straight line of Python that calls the pieces and lets go of every value after its last use."""
     last_use = {node: i for i, piece in enumerate(pieces) for node in piece.inputs}
     output = graph.find_nodes(op="output")[0]

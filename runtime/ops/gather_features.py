@@ -25,7 +25,7 @@ def _view(x: Tensor, start: int, run: int, stride: int, count: int) -> Tensor:
 
 
 def gather_features(x: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
-    """Features of x [..., N] in the order of the blocks, four numbers each, as [..., *shape]; a view if possible."""
+    """Features of x [..., N] in the order of the blocks, as [..., *shape]; a view where that is possible."""
     views = [_view(x, *blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
     if len(views) == 1 and tuple(views[0].shape[-2:]) == tuple(shape):
         return views[0]

@@ -1,7 +1,7 @@
 """Graph rewrite passes and matching weight transforms for Hugging Face Qwen3.5-family models.
 
-Importing it adds `optimize`, `deoptimize` and `optimization_report` to transformers' PreTrainedModel and does nothing
-else; what needs torch is loaded at first use.
+Importing it adds `optimize`, `deoptimize` and `optimization_report` to transformers' PreTrainedModel and does
+nothing else; what needs torch is loaded at first use.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Adds optimize, deoptimize and optimization_report to transformers' PreTrainedModel, once transformers is there."""
+"""Adds optimize, deoptimize and optimization_report to PreTrainedModel, once transformers is there."""
 
 import importlib.util
 import sys

@@ -31,7 +31,7 @@ class GroupedProjection(nn.Module):
         return q, k, v, z, b, a
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        heads, ratio, dk, dv = self.sizes
+        heads, ratio, _, dv = self.sizes
         q, k, v, z, b, a = self.pieces(x)
         lead = x.shape[:-1]
         mixed = torch.cat([t.reshape(*lead, -1) for t in (q, k, v)], dim=-1).transpose(1, 2)

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from fxfuse.runtime.shapes import SIZES, text_config
 from transformers import Qwen3_5ForCausalLM
 
 from fxfuse.errors import OptionError
+from fxfuse.runtime.shapes import SIZES, text_config
 
 # Text parameters of the published checkpoints (total less vision and multi-token-prediction tensors).
 PUBLISHED = {
