@@ -16,8 +16,10 @@ import torch
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights.check import check_plan
 from fxfuse.passes.weights.describe import describe_transforms
-from fxfuse.passes.weights.row_map import RowMap, Rows
+from fxfuse.passes.weights.inverse import invert
 from fxfuse.passes.weights.tensor_spec import TensorSpec, dtype_name
+from fxfuse.passes.weights.transform import Transform, filled_target
+from fxfuse.passes.weights.usage import Usage
 
 FORMAT = "fxfuse.weight_plan"
 VERSION = 1
@@ -27,40 +29,28 @@ DECODER_PREFIXES = ("model.language_model.", "model.", "language_model.", "")
 
 
 @dataclass(frozen=True)
-class Transform:
-    """One target tensor and the source rows that fill it; a target dtype of None takes the sources' dtype."""
-
-    target: TensorSpec
-    rows: RowMap
-
-    def to_data(self) -> dict[str, Any]:
-        """The transform as JSON values."""
-        return {"target": self.target.to_data(), "rows": self.rows.to_data()}
-
-    @classmethod
-    def from_data(cls, data: object) -> "Transform":
-        """The transform that `to_data` wrote; raises PlanError for anything else."""
-        if not isinstance(data, dict) or data.keys() != {"target", "rows"}:
-            raise PlanError("a transform is written as an object of target and rows")
-        return cls(TensorSpec.from_data(data["target"]), RowMap.from_data(data["rows"]))
-
-
-@dataclass(frozen=True)
 class WeightPlan:
-    """Sources, and transforms that use each of their rows exactly once; raises PlanError if they do not."""
+    """Sources, and transforms that use each of their rows exactly once; raises PlanError if they do not.
+
+    `usages` declares the exceptions: what is replicated or broadcast, what is left to others, and why.
+    """
 
     sources: tuple[TensorSpec, ...] = ()
     transforms: tuple[Transform, ...] = ()
+    usages: tuple[Usage, ...] = ()
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sources", tuple(self.sources))
         dtypes = {source.name: source.dtype for source in self.sources}
         resolved = (
-            replace(t, target=replace(t.target, dtype=t.target.dtype or dtypes.get(t.rows.sources[0])))
+            t
+            if t.target.dtype or not dtypes.get(t.rows.sources[0])
+            else replace(t, target=replace(t.target, dtype=dtypes[t.rows.sources[0]]))
             for t in self.transforms
         )
         object.__setattr__(self, "transforms", tuple(resolved))
-        check_plan(self.sources, [(t.target, t.rows) for t in self.transforms])
+        object.__setattr__(self, "usages", tuple(sorted(self.usages, key=_by_content)))
+        check_plan(self.sources, [(t.target, t.panels) for t in self.transforms], self.usages)
 
     @property
     def targets(self) -> tuple[TensorSpec, ...]:
@@ -76,20 +66,12 @@ class WeightPlan:
         return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
     def inverse(self) -> "WeightPlan":
-        """The plan that gives every source back, bit for bit, in the order of `sources`."""
-        pieces: dict[str, list[tuple[int, Rows]]] = {source.name: [] for source in self.sources}
-        for transform in self.transforms:
-            for at, rows in zip(transform.rows.starts, transform.rows.segments, strict=False):
-                pieces[rows.source].append((rows.start, Rows(transform.target.name, at, at + len(rows))))
-        return WeightPlan(
-            self.targets,
-            tuple(
-                Transform(
-                    source, RowMap(tuple(rows for _, rows in sorted(pieces[source.name], key=_by_start)))
-                )
-                for source in self.sources
-            ),
-        )
+        """The plan that gives every source back, bit for bit, in the order of `sources`.
+
+        Of what this plan repeats, the first copy is taken. Raises PlanError when this plan leaves rows out.
+        """
+        transforms, usages = invert(self.sources, self.transforms, self.usages)
+        return WeightPlan(self.targets, transforms, usages)
 
     def bind(self, headers: Mapping[str, Any]) -> "WeightPlan":
         """This plan fitted to named tensors (anything with .shape and .dtype): dtypes, prefix and presence.
@@ -102,7 +84,7 @@ class WeightPlan:
         if not self.transforms:
             return self
         plan = self._with_prefix_of(headers)
-        kept = [t for t in plan.transforms if any(name in headers for name in t.rows.sources)]
+        kept = [t for t in plan.transforms if any(name in headers for name in t.sources)]
         if not kept:
             state = (
                 "are there already"
@@ -113,7 +95,11 @@ class WeightPlan:
                 f"none of the plan's {len(plan.sources)} sources is among the {len(headers)} tensors given, "
                 f"first {plan.sources[0]}; its targets {state}: check whose tensors these are"
             )
-        used = {name for t in kept for name in t.rows.sources}
+        used = {name for t in kept for name in t.sources}
+        # what no transform reads (every row of it a copy) is used up with the rest
+        used |= {source.name for source in plan.sources if source.name in headers} - {
+            name for t in plan.transforms for name in t.sources
+        }
         sources = [source for source in plan.sources if source.name in used]
         faults = [fault for source in sources if (fault := _misfit(source, headers.get(source.name)))]
         faults += [
@@ -126,6 +112,7 @@ class WeightPlan:
         return WeightPlan(
             tuple(replace(source, dtype=dtype_name(headers[source.name].dtype)) for source in sources),
             tuple(kept),
+            tuple(usage for usage in plan.usages if usage.source in used),
         )
 
     def apply(self, state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -139,8 +126,8 @@ class WeightPlan:
         places = {name: place for place, name in enumerate(state_dict)}
         made: dict[str, list[TensorSpec]] = {}
         for transform in plan.transforms:
-            made.setdefault(min(transform.rows.sources, key=places.__getitem__), []).append(transform.target)
-        filled = {t.target.name: _filled(t, state_dict) for t in plan.transforms}
+            made.setdefault(min(transform.sources, key=places.__getitem__), []).append(transform.target)
+        filled = {t.target.name: filled_target(t, state_dict) for t in plan.transforms}
         result: dict[str, torch.Tensor] = {}
         for name, tensor in state_dict.items():
             result.update({target.name: filled[target.name] for target in made.get(name, ())})
@@ -165,22 +152,27 @@ class WeightPlan:
             raise PlanError(
                 f"weight plan version {data.get('version')!r} is not known; this program reads {VERSION}"
             )
-        if data.keys() != {"format", "version", "sources", "transforms"}:
+        if data.keys() - {"usages"} != {"format", "version", "sources", "transforms"}:
             raise PlanError(
-                f"a weight plan has sources and transforms and no other fields, not {sorted(data)}"
+                f"a weight plan has sources, transforms, usages and no other fields, not {sorted(data)}"
             )
-        sources, transforms = data["sources"], data["transforms"]
-        if not isinstance(sources, list) or not isinstance(transforms, list):
-            raise PlanError("sources and transforms of a weight plan are lists")
-        return cls(tuple(map(TensorSpec.from_data, sources)), tuple(map(Transform.from_data, transforms)))
+        sources, transforms, usages = data["sources"], data["transforms"], data.get("usages", [])
+        if not all(isinstance(field, list) for field in (sources, transforms, usages)):
+            raise PlanError("sources, transforms and usages of a weight plan are lists")
+        return cls(
+            tuple(map(TensorSpec.from_data, sources)),
+            tuple(map(Transform.from_data, transforms)),
+            tuple(map(Usage.from_data, usages)),
+        )
 
     def _to_data(self) -> dict[str, Any]:
-        return {
+        data: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "sources": [source.to_data() for source in self.sources],
             "transforms": [transform.to_data() for transform in self.transforms],
         }
+        return data | ({"usages": [usage.to_data() for usage in self.usages]} if self.usages else {})
 
     def _with_prefix_of(self, headers: Mapping[str, Any]) -> "WeightPlan":
         """This plan under the decoder prefix that finds most of its sources, its own if none finds more."""
@@ -196,10 +188,8 @@ class WeightPlan:
         new = {name: best + name.removeprefix(own) for name in names}
         return WeightPlan(
             tuple(replace(source, name=new[source.name]) for source in self.sources),
-            tuple(
-                Transform(replace(t.target, name=new[t.target.name]), t.rows.renamed(new))
-                for t in self.transforms
-            ),
+            tuple(t.renamed(new) for t in self.transforms),
+            tuple(replace(usage, source=new[usage.source]) for usage in self.usages),
         )
 
     def __len__(self) -> int:
@@ -207,11 +197,11 @@ class WeightPlan:
 
     def __str__(self) -> str:
         head = f"WeightPlan: {len(self.sources)} tensors to {len(self.transforms)}, digest {self.digest[:12]}"
-        return "\n  ".join([head, *describe_transforms([(t.target, t.rows) for t in self.transforms])])
+        return "\n  ".join([head, *describe_transforms([(t.target, t.panels) for t in self.transforms])])
 
 
-def _by_start(piece: tuple[int, Rows]) -> int:
-    return piece[0]
+def _by_content(usage: Usage) -> tuple[str, str, str]:
+    return usage.source, usage.how, usage.role
 
 
 def _misfit(source: TensorSpec, header: Any) -> str | None:
@@ -224,20 +214,3 @@ def _misfit(source: TensorSpec, header: Any) -> str | None:
     if source.dtype is not None and dtype != source.dtype:
         return f"{source.name}: dtype {dtype}, the plan needs {source.dtype}"
     return None
-
-
-def _filled(transform: Transform, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The target of `transform`, copied together row range by row range."""
-    target, members = transform.target, {name: tensors[name] for name in transform.rows.sources}
-    if len({tensor.device for tensor in members.values()}) > 1:
-        where = ", ".join(f"{name} on {tensor.device}" for name, tensor in members.items())
-        raise PlanError(f"{target.name}: its sources are on several devices ({where}); move them to one")
-    first = next(iter(members.values()))
-    # ordinary tensors even under inference_mode: they may become parameters later
-    with torch.inference_mode(False), torch.no_grad():
-        flat = {name: tensor.reshape(-1, target.width) for name, tensor in members.items()}
-        out = torch.empty(target.shape, dtype=first.dtype, device=first.device)
-        rows_out = out.view(-1, target.width)
-        for at, rows in zip(transform.rows.starts, transform.rows.segments, strict=False):
-            rows_out[at : at + len(rows)].copy_(flat[rows.source][rows.start : rows.stop])
-    return out
