@@ -140,6 +140,7 @@ def run(
 
 def _demonstrate(checkpoint: str, tokens: int, say: "_Progress") -> Demonstration:
     load_before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    say(f"checkpoint: {checkpoint}")
     say("fp32: what eager generates is the reference")
     model = load(checkpoint, torch.float32)
     prompt = prompt_for(checkpoint, model)
@@ -455,7 +456,7 @@ def _device(device: torch.device) -> str:
 
 def show(result: Demonstration, out: Console) -> None:
     """Print a demonstration for people."""
-    out.print(f"{result.model} from {result.checkpoint}", markup=False)
+    out.print(f"{result.model} from {Path(result.checkpoint).name}", markup=False)
     out.print(
         f"{result.device}; prompt of {result.prompt_tokens} tokens, {result.new_tokens} new ones, greedy\n"
     )
