@@ -1,5 +1,21 @@
-"""Named operations: schema, reference, fake implementation and kernel, one file each; importing registers."""
+"""Named operations: schema, reference, fake implementation, kernel, a file each; importing registers them."""
 
-from fxfuse.runtime.ops import gated_delta_rule, gather_features
+from fxfuse.runtime.ops import (
+    gated_delta_rule,
+    gated_rms_norm,
+    gather_features,
+    gdn_gates,
+    rms_norm,
+    sigmoid_gate_mul,
+    silu_mul,
+)
 
-__all__ = ["gated_delta_rule", "gather_features"]
+__all__ = [
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "gather_features",
+    "gdn_gates",
+    "rms_norm",
+    "sigmoid_gate_mul",
+    "silu_mul",
+]
