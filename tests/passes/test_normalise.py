@@ -114,7 +114,7 @@ def test_what_nobody_reads_is_dropped(rewrite_equal: Any) -> None:
     assert normal(rewrite_equal, lambda x: [(x * 2).exp().split(1), x + 1][1]) == ["aten.add.Tensor"]
 
 
-def test_random_numbers_that_nobody_reads_are_drawn_all_the_same(rewrite_equal: Any) -> None:
+def test_numbers_drawn_that_nobody_reads_are_drawn_all_the_same(rewrite_equal: Any) -> None:
     def compute(x: Tensor) -> Tensor:
         torch.rand(3)
         F.dropout(x, 0.5, training=True)
@@ -220,6 +220,12 @@ def test_a_write_is_kept_in_its_place(rewrite_equal: Any, compute: Callable[...,
     again = [x.clone() for x in inputs]
     rewritten.graph_module(*again)
     assert not torch.equal(again[0], inputs[0]) or compute is of_a_temporary
+
+
+def test_a_view_of_written_memory_stays_a_view_whatever_a_pass_does_to_its_layout(rewrite_equal: Any) -> None:
+    """A reshape would copy where the layout does not allow a view, and the write would be lost."""
+    calls = normal(rewrite_equal, lambda x: [x.view(-1).add_(1).sum(), x * 2], X.clone())
+    assert "aten.view.default" in calls and "aten.reshape.default" not in calls
 
 
 def test_a_write_into_a_cache_through_views_is_not_lost(rewrite_equal: Any) -> None:

@@ -93,7 +93,8 @@ def test_a_vector_as_weight_stays(rewrite_equal: Any) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return F.linear(x, self.w)
 
-    assert matches(rewrite_equal(Vector(), [integer_tensor((1, 8), 0)], passes=PASS)) == []
+    rewritten = rewrite_equal(Vector(), [integer_tensor((1, 8), 0)], passes=PASS)
+    assert rewritten.report.graphs[0].outcomes[PASS].candidates == 0
 
 
 def test_an_interpreter_gets_it_on_request_only(rewrite_equal: Any) -> None:

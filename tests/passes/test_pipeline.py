@@ -88,7 +88,7 @@ def broken_after(run: Any) -> Any:
 def unlinted(program: Program) -> Outcome:
     """A graph that reads a value before it is computed."""
     *_, last, _ = program.graph.nodes
-    first = program.graph.find_nodes(op="call_function")[0]
+    first = next(node for node in program.graph.nodes if node.op == "call_function")
     first.args = (last, *first.args[1:])
     return Outcome(matches=[Match("unlinted", "here", (), "")])
 
@@ -118,14 +118,17 @@ def test_a_pass_that_raises_is_undone_and_reported_and_the_others_run(position: 
     assert list(outcomes) == NAMES
 
 
-@pytest.mark.parametrize("run", [unlinted, misshapen])
-def test_a_graph_that_does_not_hold_together_is_undone(run: Any) -> None:
+@pytest.mark.parametrize(
+    ("run", "reason"), [(unlinted, "used before it has been defined"), (misshapen, "cannot be multiplied")]
+)
+def test_a_graph_that_does_not_hold_together_is_undone(run: Any, reason: str) -> None:
     program = program_of(Block(), X)
     normal, _ = pipeline.apply(program, [])
     got, outcomes = pipeline.apply(program, [Pass("bad", run)])
     assert text(got) == text(normal)
     assert outcomes["bad"].matches == []
     assert "was undone" in outcomes["bad"].misses[0].reason
+    assert reason in outcomes["bad"].misses[0].reason
 
 
 def test_a_normal_form_that_fails_leaves_the_graph_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
