@@ -119,7 +119,7 @@ def test_a_pass_that_raises_is_undone_and_reported_and_the_others_run(position: 
 
 
 @pytest.mark.parametrize(
-    ("run", "reason"), [(unlinted, "used before it has been defined"), (misshapen, "cannot be multiplied")]
+    ("run", "reason"), [(unlinted, "used before it has been defined"), (misshapen, "same reduction dim")]
 )
 def test_a_graph_that_does_not_hold_together_is_undone(run: Any, reason: str) -> None:
     program = program_of(Block(), X)
