@@ -1,6 +1,8 @@
 """Named operations: schema, reference, fake implementation, kernel, a file each; importing registers them."""
 
 from fxfuse.runtime.ops import (
+    causal_conv1d,
+    causal_conv1d_update,
     gated_delta_rule,
     gated_rms_norm,
     gather_features,
@@ -11,6 +13,8 @@ from fxfuse.runtime.ops import (
 )
 
 __all__ = [
+    "causal_conv1d",
+    "causal_conv1d_update",
     "gated_delta_rule",
     "gated_rms_norm",
     "gather_features",

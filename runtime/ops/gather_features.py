@@ -13,20 +13,18 @@ from torch import Tensor
 Block = tuple[int, int, int, int]
 
 
-def _view(x: Tensor, start: int, run: int, stride: int, count: int) -> Tensor:
-    """[..., count, run] over the memory of x; the last group may end before its stride does."""
-    if count == 1:
-        return x.narrow(-1, start, run).unsqueeze(-2)
-    strides, offset = list(x.stride()), x.storage_offset()
-    step = strides[-1]
-    return x.as_strided(
-        (*x.shape[:-1], count, run), (*strides[:-1], stride * step, step), offset + start * step
-    )
+def _block(x: Tensor, start: int, run: int, stride: int, count: int) -> Tensor:
+    """[..., count, run]; a view where whole strides fit into the features and runs do not overlap."""
+    base = max(0, start + run - stride)
+    if stride < run or base + count * stride > x.shape[-1]:
+        return torch.stack([x.narrow(-1, start + i * stride, run) for i in range(count)], dim=-2)
+    groups = x.narrow(-1, base, count * stride).unflatten(-1, (count, stride))
+    return groups.narrow(-1, start - base, run)
 
 
 def gather_features(x: Tensor, blocks: Sequence[int], shape: Sequence[int]) -> Tensor:
     """Features of x [..., N] in the order of the blocks, as [..., *shape]; a view where that is possible."""
-    views = [_view(x, *blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
+    views = [_block(x, *blocks[i : i + 4]) for i in range(0, len(blocks), 4)]
     if len(views) == 1 and tuple(views[0].shape[-2:]) == tuple(shape):
         return views[0]
     flat = [view.flatten(-2) for view in views]
