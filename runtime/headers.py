@@ -7,11 +7,12 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from fxfuse.errors import CheckpointError
-from fxfuse.passes.weights import TensorSpec
+from fxfuse.errors import CheckpointError, PlanError
+from fxfuse.passes.weights import TensorSpec, WeightPlan
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
+PLAN = "fxfuse_plan.json"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -19,6 +20,17 @@ def read_config(directory: Path) -> dict[str, Any]:
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory; give the directory that holds {CONFIG}")
     return _read_object(directory / CONFIG)
+
+
+def read_plan(directory: Path) -> WeightPlan | None:
+    """The plan that a converted checkpoint was made with, or None; raises CheckpointError if damaged."""
+    file = directory / PLAN
+    if not file.exists() and not file.is_symlink():
+        return None
+    try:
+        return WeightPlan.from_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, PlanError) as error:
+        raise CheckpointError(f"{file}: not a readable weight plan ({error}); convert again") from error
 
 
 def read_headers(directory: Path) -> dict[str, TensorSpec]:

@@ -1,23 +1,43 @@
 """Plans by the name of a layout, for a model, a config or a checkpoint directory; no weight is read."""
 
 import os
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxfuse.errors import PlanError, UnsupportedModelError
-from fxfuse.passes.weights import RowMap, TensorSpec, Transform, WeightPlan, fused_name
-from fxfuse.runtime.families import Family, LinearGroup, family_of
-from fxfuse.runtime.headers import read_config, read_headers
+from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
+from fxfuse.passes.weights import Draft, TensorSpec, Transform, WeightPlan
+from fxfuse.runtime.families import Family, family_of
+from fxfuse.runtime.headers import read_config, read_headers, read_plan
+from fxfuse.runtime.layouts.decoder import Decoder
+from fxfuse.runtime.layouts.experts import to_single, to_stack
+from fxfuse.runtime.layouts.fastdeploy import to_fastdeploy
+from fxfuse.runtime.layouts.geometry import Geometry, geometry_of
+from fxfuse.runtime.layouts.grouped_heads import to_flat, to_groups
+from fxfuse.runtime.layouts.merging import to_fused
+from fxfuse.runtime.layouts.sglang import to_sglang
+from fxfuse.runtime.layouts.tensor_parallel import shards
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
-LAYOUTS = ("hf", "fused")
+# each says in its module which program reads it; "hf" is what transformers holds in memory
+_STEPS: Mapping[str, Callable[[Decoder], list[Transform]]] = MappingProxyType(
+    {
+        "hf": to_stack,
+        "fused": to_fused,
+        "per_expert": to_single,
+        "qwen3_next": to_groups,
+        "qwen3_5": to_flat,
+        "sglang": to_sglang,
+        "fastdeploy": to_fastdeploy,
+    }
+)
+_BY_HEADS = ("qwen3_next", "qwen3_5", "fastdeploy")
+LAYOUTS = tuple(_STEPS)
 
 
 def plan(
@@ -26,34 +46,75 @@ def plan(
     *,
     tp: tuple[int, int] | None = None,
 ) -> WeightPlan:
-    """The plan from transformers' layout to "hf" (nothing changes) or "fused" (same-input linears merged).
+    """The plan from the layout that `source` is in to another one.
 
     A model gives its own names and dtypes, a checkpoint directory those of its headers, a config a template
-    that `WeightPlan.bind` completes. A group whose members differ in dtype or in having a bias stays as it
-    is. Raises PlanError for an unknown layout, an incomplete group and for quantised weights,
-    UnsupportedModelError for an unknown family and CheckpointError for a faulty checkpoint.
+    that `WeightPlan.bind` completes. A directory that `fxfuse.convert` wrote may be in any layout, any other
+    is in that of transformers, its experts stacked or one by one. Tensors outside the decoder's layers
+    (embeddings, head, vision, `mtp.`) are never changed.
+
+    Args:
+        source: what the plan is for.
+        layout: "hf" (as transformers holds it), "fused" (same-input linears merged), "per_expert" (experts
+        one by
+            one), "qwen3_next" and "qwen3_5" (Gated DeltaNet by key head, and not), "sglang", "fastdeploy".
+        tp: (rank, world): the part of each tensor that this rank holds.
+
+    Raises:
+        PlanError: an unknown layout, an incomplete group, sizes that do not divide, quantised weights, or a
+            layout that the model has nothing for.
+        UnsupportedModelError: an unknown family.
+        CheckpointError: a faulty checkpoint.
     """
-    if layout not in LAYOUTS:
+    if layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
+    family, config, tensors, earlier = _inspect(source)
+    draft = Draft(tensors)
+    if earlier is not None:
+        back = earlier.inverse()
+        draft.then(back.transforms, back.usages)
+    geometry = geometry_of(config) if tp is not None or layout in _BY_HEADS else Geometry()
     if tp is not None:
-        raise PlanError(f"layout {layout!r} has no tensor-parallel form; known is tp=None")
-    family, headers = _inspect(source)
-    return WeightPlan() if layout == "hf" else _fused(family, headers)
+        rank, world = tp
+        draft.then(*shards(Decoder(family, geometry, draft.tensors), rank, world))
+        geometry = geometry.per_rank(world)
+    decoder = Decoder(family, geometry, draft.tensors)
+    transforms = _STEPS[layout](decoder)
+    if not transforms and layout in ("per_expert", "sglang", "fastdeploy"):
+        raise PlanError(
+            f"{family.name}: none of the {len(tensors)} tensors is one that layout {layout!r} changes; "
+            "they are in it already, or the model has no such parts"
+        )
+    return draft.then(transforms).plan()
 
 
-def _inspect(source: Any) -> tuple[Family, dict[str, TensorSpec]]:
-    """Family and tensors of a model, config or checkpoint directory."""
+def _inspect(source: Any) -> tuple[Family, Any, dict[str, TensorSpec], WeightPlan | None]:
+    """Family, config and tensors of a model, config or checkpoint directory, and the plan that made them."""
     if isinstance(source, str | os.PathLike):
-        config = SimpleNamespace(**read_config(Path(source)))
-        return _family(config), read_headers(Path(source))
+        config: Any = SimpleNamespace(**read_config(Path(source)))
+        family, tensors = _family(config), read_headers(Path(source))
+        return family, config, tensors, _earlier(Path(source), tensors)
     if isinstance(source, torch.nn.Module):
-        return _family(getattr(source, "config", None)), _specs(source)
+        config = getattr(source, "config", None)
+        return _family(config), config, _specs(source), None
     if hasattr(source, "get_text_config"):
         family = _family(source)
-        return family, _template(source, family)
+        return family, source, _template(source, family), None
     raise UnsupportedModelError(
         f"no plan for a {type(source).__name__}: give a transformers model, its config or a directory"
     )
+
+
+def _earlier(directory: Path, tensors: Mapping[str, TensorSpec]) -> WeightPlan | None:
+    """The plan that a converted directory was made with; CheckpointError if it does not fit the files."""
+    earlier = read_plan(directory)
+    for target in earlier.targets if earlier else ():
+        if tensors.get(target.name) != target:
+            raise CheckpointError(
+                f"{directory}: its plan made {target}, the files have {tensors.get(target.name)}; "
+                "convert again"
+            )
+    return earlier
 
 
 def _family(config: Any) -> Family:
@@ -85,59 +146,3 @@ def _template(config: Any, family: Family) -> dict[str, TensorSpec]:
     composite = config.model_type in family.composite_model_types
     prefix = family.prefixes[0] if composite else "model."
     return {name: TensorSpec(name, spec.shape) for name, spec in _specs(decoder, prefix).items()}
-
-
-def _fused(family: Family, headers: Mapping[str, TensorSpec]) -> WeightPlan:
-    transforms = [
-        transform
-        for layer in _layers(family, headers)
-        for group in family.groups
-        for transform in _merges(layer, group, headers)
-    ]
-    if not transforms:
-        known = ", ".join(group.members[0] for group in family.groups)
-        raise PlanError(
-            f"none of the {len(headers)} tensors is one that {family.name} merges ({known}, ...): they are "
-            "in another layout already, or belong to another part of the model"
-        )
-    used = (name for transform in transforms for name in transform.rows.sources)
-    return WeightPlan(tuple(headers[name] for name in used), tuple(transforms))
-
-
-def _layers(family: Family, headers: Mapping[str, TensorSpec]) -> list[str]:
-    """Paths of the decoder's layers, in order, under the first prefix that has any."""
-    for prefix in family.prefixes:
-        path = prefix + family.layer
-        pattern = re.compile(re.escape(path).replace(re.escape("{index}"), r"(\d+)"))
-        indices = {int(found[1]) for name in headers if (found := pattern.match(name))}
-        if indices:
-            return [path.format(index=index) for index in sorted(indices)]
-    return []
-
-
-def _merges(layer: str, group: LinearGroup, headers: Mapping[str, TensorSpec]) -> list[Transform]:
-    """One group of one layer: its weights stacked by rows, and its biases too if all members have one."""
-    weights, biases = (
-        {name: headers.get(name) for name in (f"{layer}{member}.{leaf}" for member in group.members)}
-        for leaf in ("weight", "bias")
-    )
-    absent = [name for name, spec in weights.items() if spec is None]
-    if len(absent) == len(weights):
-        return []
-    if absent:
-        raise PlanError(f"{', '.join(absent)}: missing, while the rest of the group {group.name} is there")
-    present = [spec for spec in biases.values() if spec is not None]
-    if present and len(present) < len(biases):
-        return []
-    stacks = [[spec for spec in weights.values() if spec is not None], *([present] if present else [])]
-    if any(len({spec.dtype for spec in stack}) > 1 for stack in stacks):
-        return []
-    return [_stacked(stack) for stack in stacks]
-
-
-def _stacked(members: list[TensorSpec]) -> Transform:
-    rows = [(member.name, member.rows) for member in members]
-    shape = (sum(count for _, count in rows), *members[0].shape[1:])
-    return Transform(
-        TensorSpec(fused_name([name for name, _ in rows]), shape, members[0].dtype), RowMap.concat(rows)
-    )

@@ -77,8 +77,8 @@ class Draft:
         absent = [name for name in transform.sources if name not in self.tensors]
         if absent:
             raise PlanError(f"{transform.target.name}: needs {', '.join(absent)}, which are not there")
-        dtype = transform.target.dtype or self.tensors[transform.sources[0]].dtype
-        transform = replace(transform, target=replace(transform.target, dtype=dtype))
+        if transform.target.dtype is None and (dtype := self.tensors[transform.sources[0]].dtype):
+            transform = replace(transform, target=replace(transform.target, dtype=dtype))
         inner = {name: self._made[name] for name in transform.sources if name in self._made}
         if not inner:
             return transform

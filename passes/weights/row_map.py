@@ -116,7 +116,7 @@ class RowMap:
         """Number of rows of the target."""
         return self.starts[-1]
 
-    @property
+    @cached_property
     def sources(self) -> tuple[str, ...]:
         """Names of the sources, in order of first use."""
         return tuple(dict.fromkeys(segment.source for segment in self.segments))

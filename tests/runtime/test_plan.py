@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import sys
 import time
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from transformers import (
 
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
 from fxfuse.passes.weights import WeightPlan
-from fxfuse.runtime.plan import plan
+from fxfuse.runtime.plan import _STEPS, LAYOUTS, plan
 from fxfuse.runtime.shapes import text_config
 
 NARROW = {
@@ -211,8 +212,9 @@ def test_a_fused_checkpoint_is_not_planned_again(tmp_path: Path) -> None:
 def test_unknown_names_are_refused_with_the_known_ones() -> None:
     with pytest.raises(PlanError, match="layout 'sideways' is not known; known are: hf, fused"):
         plan(CONFIGS["dense"], "sideways")
-    with pytest.raises(PlanError, match="no tensor-parallel form"):
-        plan(CONFIGS["dense"], tp=(0, 2))
+    for tp in ((2, 2), (-1, 2), (0, 0), (0, True)):
+        with pytest.raises(PlanError, match="with 0 <= rank < world"):
+            plan(CONFIGS["dense"], tp=tp)
     with pytest.raises(
         UnsupportedModelError, match=r"model_type 'llama'; known are: qwen3_5_text, qwen3_5, "
     ):
@@ -375,3 +377,79 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
     save_file({"model.norm.weight": torch.zeros(16)}, sharded / "more.safetensors")
     with pytest.raises(CheckpointError, match=r"more\.safetensors: model\.norm\.weight is in model-\d"):
         plan(sharded)
+
+
+# --- other layouts, from every kind of source
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", ["dense", "moe", "next"])
+def test_every_layout_is_planned_alike_from_config_model_and_directory(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
+    config, model = CONFIGS[kind], narrow_model(kind)
+    checkpoint(tmp_path, model.state_dict(), config)
+    nothing = {("dense", "per_expert"): "in it already, or the model has no such parts"}
+    if (kind, layout) in nothing:
+        for source in (config, model, tmp_path):
+            with pytest.raises(PlanError, match=nothing[kind, layout]):
+                plan(source, layout)
+        return
+    weights = model.state_dict()
+    planned = plan(model, layout)
+    assert plan(tmp_path, layout).digest == planned.digest
+    template = plan(config, layout)
+    assert (template.bind(weights) if len(template) else template).digest == planned.digest
+    there = planned.apply(weights)
+    back = planned.inverse().apply(there) if len(planned) else there
+    assert back.keys() == weights.keys()
+    assert all(torch.equal(back[name], weights[name]) for name in weights)
+    changes = {"hf": 0, "qwen3_next": 0 if kind == "next" else 6, "qwen3_5": 12 if kind == "next" else 0}
+    assert len(planned) == changes.get(layout, len(planned))
+
+
+@pytest.mark.parametrize("layout", ["hf", "fused", "sglang", "fastdeploy"])
+def test_ranks_of_a_layout_are_parts_of_its_heads(layout: str) -> None:
+    model = narrow_model("dense")
+    weights = model.state_dict()
+    for rank in range(2):
+        held = plan(model, layout, tp=(rank, 2)).apply(weights)
+        (out,) = [t for n, t in held.items() if n.endswith("layers.0.linear_attn.out_proj.weight")]
+        assert torch.equal(out, weights["model.layers.0.linear_attn.out_proj.weight"].chunk(2, dim=1)[rank])
+    names = {"hf": "q_proj.weight", "sglang": "layers.3.qkv_proj.weight", "fused": "q_k_v_proj.weight"}
+    shapes = {"hf": (16, 16), "sglang": (32, 16), "fused": (32, 16), "fastdeploy": (16, 32)}
+    name = names.get(layout, "qkv_gate_proj.weight")
+    assert [tuple(t.shape) for n, t in held.items() if n.endswith(name)] == [shapes[layout]]
+
+
+def test_the_names_and_programs_are_written_down() -> None:
+    for step in _STEPS.values():
+        assert "Read by: " in (sys.modules[step.__module__].__doc__ or "")
+
+
+def test_a_layout_by_heads_needs_their_sizes(tmp_path: Path) -> None:
+    fields = CONFIGS["dense"].to_dict()
+    del fields["linear_num_key_heads"]
+    checkpoint(tmp_path, narrow_model("dense").state_dict(), fields)
+    with pytest.raises(PlanError, match="linear_num_key_heads is None"):
+        plan(tmp_path, "qwen3_next")
+    assert len(plan(tmp_path, "fused")) == 8
+
+
+def test_the_largest_mixture_of_experts_is_planned_expert_by_expert_in_seconds() -> None:
+    """397B: 60 layers of 512 experts. A limit of twice the 5 s it should take, for a busy machine."""
+    config = Qwen3_5MoeTextConfig(
+        hidden_size=4096,
+        num_hidden_layers=60,
+        num_attention_heads=32,
+        num_key_value_heads=2,
+        linear_num_value_heads=64,
+        num_experts=512,
+        num_experts_per_tok=10,
+        moe_intermediate_size=1024,
+        shared_expert_intermediate_size=1024,
+    )
+    start = time.process_time()
+    planned = plan(config, "per_expert")
+    assert time.process_time() - start < 10
+    assert len(planned) == 60 * 512 * 3

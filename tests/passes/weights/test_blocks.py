@@ -255,7 +255,7 @@ def test_what_is_partial_has_no_inverse_and_says_why() -> None:
 def test_copies_that_no_target_needs_leave_the_state_dict() -> None:
     """Key-value heads on two ranks: what comes back is the first copy, and the second is used up."""
     copies = [one(TensorSpec(f"{r}.k", (4, 6)), RowMap.identity("w", 4)) for r in range(2)]
-    plan = WeightPlan((W,), tuple(copies), (Usage("w", "repeated", "key_value_heads"),))
+    plan = WeightPlan((W,), tuple(copies), (Usage("w", "repeated", "tensor_parallel_replica"),))
     weight = torch.randn(4, 6)
     there = plan.apply({"w": weight})
     back = plan.inverse().apply(there)
