@@ -255,7 +255,7 @@ class Random(nn.Module):
         return [value if i in self.leaving else value * 1 for i, value in enumerate(pool)]
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(
     steps=STEPS, leaving=st.sets(st.integers(0, 7), max_size=3), inner=st.sampled_from(["eager", "inductor"])
 )
@@ -274,7 +274,7 @@ def test_random_graphs_are_merged_often_enough_to_mean_something() -> None:
     matched: list[int] = []
 
     @settings(
-        max_examples=100,
+        max_examples=40,
         deadline=None,
         suppress_health_check=list(HealthCheck),
         derandomize=True,
@@ -286,4 +286,4 @@ def test_random_graphs_are_merged_often_enough_to_mean_something() -> None:
         matched.append(rewrite(Random(steps, set()), [x]).report.matched)
 
     count()
-    assert sum(map(bool, matched)) > 15
+    assert sum(map(bool, matched)) > 10
