@@ -1,14 +1,14 @@
 """Names, shapes and dtypes of a checkpoint's tensors, from the headers of its files: no weight is read."""
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from fxfuse.errors import CheckpointError, PlanError
 from fxfuse.passes.weights import TensorSpec, WeightPlan
+from fxfuse.runtime.safetensors_file import Entry, read_entries
 
 CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
@@ -34,9 +34,15 @@ def read_plan(directory: Path) -> WeightPlan | None:
 
 
 def read_headers(directory: Path) -> dict[str, TensorSpec]:
+    """Name, shape and dtype of every tensor of a checkpoint; raises what `read_tensors` raises."""
+    return {name: entry.spec for name, entry in read_tensors(directory).items()}
+
+
+def read_tensors(directory: Path) -> dict[str, Entry]:
     """Every tensor of a checkpoint by name, file by file; one file without an index works like many.
 
-    Raises CheckpointError, naming the file, when one is missing or damaged or disagrees with the index.
+    Raises CheckpointError, naming the file, when one is missing or damaged, lies elsewhere, or disagrees with
+    the index.
     """
     index = directory / INDEX
     # is_symlink: a link to nothing is an index that cannot be read, not one that is absent
@@ -50,32 +56,33 @@ def read_headers(directory: Path) -> dict[str, TensorSpec]:
         raise CheckpointError(
             f"{directory}: no {INDEX} and no *.safetensors file; fetch the files with the weights"
         )
-    headers: dict[str, TensorSpec] = {}
-    files: dict[str, str] = {}
+    found: dict[str, Entry] = {}
     for name in sorted(names):
-        for spec in _read_file(directory / name):
-            if spec.name in headers:
+        _check_inside(directory, directory / name)
+        for entry in read_entries(directory / name):
+            if entry.spec.name in found:
+                other = found[entry.spec.name].file.name
                 raise CheckpointError(
-                    f"{directory / name}: {spec.name} is in {files[spec.name]} as well; keep one"
+                    f"{directory / name}: {entry.spec.name} is in {other} as well; keep one"
                 )
-            headers[spec.name], files[spec.name] = spec, name
+            found[entry.spec.name] = entry
     for tensor, name in (weight_map or {}).items():
-        if files.get(tensor) != name:
-            where = f"it is in {files[tensor]}" if tensor in files else "it is in no file"
+        if tensor not in found or found[tensor].file.name != name:
+            where = f"it is in {found[tensor].file.name}" if tensor in found else "it is in no file"
             raise CheckpointError(f"{index}: places {tensor} in {name}, but {where}; rebuild the index")
-    return headers
+    return found
 
 
-def _read_file(file: Path) -> list[TensorSpec]:
+def _check_inside(directory: Path, file: Path) -> None:
+    """Raises CheckpointError for a link out of the checkpoint, other than into the blobs of a Hub cache."""
     try:
-        if not file.is_file():
-            raise CheckpointError(f"{file}: missing, or a link to nothing; fetch it again")
-        # framework="pt" maps the file writable, which a system short of memory refuses for a large one
-        with safe_open(file, framework="np") as opened:
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118 (not a mapping)
-            return [TensorSpec(name, tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()]
-    except (SafetensorError, OSError) as error:
+        home, target = directory.resolve(), file.resolve()
+    except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{file}: not a readable safetensors file ({error}); fetch it again") from error
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    # a link to nothing is reported as what is missing
+    if os.path.exists(target) and not target.is_relative_to(home) and not target.is_relative_to(blobs):
+        raise CheckpointError(f"{file}: a link out of the checkpoint, to {target}; copy the file there")
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
-from fxfuse.passes.weights import Draft, TensorSpec, Transform, WeightPlan
+from fxfuse.passes.weights import Draft, TensorSpec, Transform, Usage, WeightPlan
 from fxfuse.runtime.families import Family, family_of
 from fxfuse.runtime.headers import read_config, read_headers, read_plan
 from fxfuse.runtime.layouts.decoder import Decoder
@@ -66,26 +66,52 @@ def plan(
         UnsupportedModelError: an unknown family.
         CheckpointError: a faulty checkpoint.
     """
+    return plan_and_origin(source, layout, tp)[0]
+
+
+def plan_and_origin(
+    source: Any, layout: str, tp: tuple[int, int] | None = None
+) -> tuple[WeightPlan, WeightPlan]:
+    """`plan`, and the plan to the same tensors from transformers' layout; raises what it raises."""
     if layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
     family, config, tensors, earlier = _inspect(source)
-    draft = Draft(tensors)
+    draft, origin = Draft(tensors), None
     if earlier is not None:
         back = earlier.inverse()
         draft.then(back.transforms, back.usages)
+        origin = Draft(draft.tensors)
     geometry = geometry_of(config) if tp is not None or layout in _BY_HEADS else Geometry()
+    steps = _steps(layout, tp, family, geometry, draft.tensors)
+    for transforms, usages in steps:
+        draft.then(transforms, usages)
+        if origin is not None:
+            origin.then(transforms, usages)
+    planned = draft.plan()
+    return planned, planned if origin is None else origin.plan()
+
+
+def _steps(
+    layout: str,
+    tp: tuple[int, int] | None,
+    family: Family,
+    geometry: Geometry,
+    tensors: Mapping[str, TensorSpec],
+) -> list[tuple[list[Transform], list[Usage]]]:
+    """The rank's shards, if any, and then the layout, from transformers' layout on."""
+    steps: list[tuple[list[Transform], list[Usage]]] = []
+    present = Draft(tensors)
     if tp is not None:
-        rank, world = tp
-        draft.then(*shards(Decoder(family, geometry, draft.tensors), rank, world))
-        geometry = geometry.per_rank(world)
-    decoder = Decoder(family, geometry, draft.tensors)
-    transforms = _STEPS[layout](decoder)
+        steps.append(shards(Decoder(family, geometry, tensors), *tp))
+        present.then(*steps[0])
+        geometry = geometry.per_rank(tp[1])
+    transforms = _STEPS[layout](Decoder(family, geometry, present.tensors))
     if not transforms and layout in ("per_expert", "sglang", "fastdeploy"):
         raise PlanError(
             f"{family.name}: none of the {len(tensors)} tensors is one that layout {layout!r} changes; "
             "they are in it already, or the model has no such parts"
         )
-    return draft.then(transforms).plan()
+    return [*steps, (transforms, [])]
 
 
 def _inspect(source: Any) -> tuple[Family, Any, dict[str, TensorSpec], WeightPlan | None]:

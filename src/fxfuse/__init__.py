@@ -20,6 +20,7 @@ from fxfuse.errors import (
 
 if TYPE_CHECKING:
     from fxfuse.passes.weights import WeightPlan
+    from fxfuse.runtime.convert import convert
     from fxfuse.runtime.explain import explain
     from fxfuse.runtime.optimize import deoptimize, optimize, optimized
     from fxfuse.runtime.plan import plan
@@ -35,6 +36,7 @@ _HOMES = {
     "Report": "fxfuse.runtime.report",
     "Rewritten": "fxfuse.runtime.rewrite",
     "WeightPlan": "fxfuse.passes.weights",
+    "convert": "fxfuse.runtime.convert",
     "deoptimize": "fxfuse.runtime.optimize",
     "explain": "fxfuse.runtime.explain",
     "optimize": "fxfuse.runtime.optimize",
@@ -53,6 +55,7 @@ __all__ = [
     "UnsupportedModelError",
     "VerificationError",
     "WeightPlan",
+    "convert",
     "deoptimize",
     "explain",
     "optimize",

@@ -5,9 +5,11 @@ torch and transformers are imported by the verbs, not here: `fxfuse --help` answ
 
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -111,15 +113,61 @@ def explain(checkpoint: Checkpoint) -> None:
 def convert(
     source: Checkpoint,
     destination: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    layout: Annotated[
+        str, typer.Option(help="hf, fused, per_expert, qwen3_next, qwen3_5, sglang or fastdeploy.")
+    ] = "fused",
+    rank: Annotated[int | None, typer.Option(help="With --world: write what this rank holds.")] = None,
+    world: Annotated[int | None, typer.Option(help="Number of tensor-parallel ranks.")] = None,
+    shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest size of a file, in GB.")] = 5.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
 ) -> None:
-    """Write a checkpoint in another layout. Not in this version."""
-    _not_in_this_version("convert")
+    """Write a checkpoint in another layout, a piece at a time. `--layout hf` leads back, bit for bit."""
+    from fxfuse.runtime.convert import convert as run
+
+    if (rank is None) != (world is None):
+        raise OptionError("--rank and --world belong together: give both or none")
+    tp = None if rank is None or world is None else (rank, world)
+    with _bar() as progress:
+        result = run(
+            source,
+            destination,
+            layout,
+            tp=tp,
+            progress=progress,
+            shard_bytes=int(shard_gb * 10**9),
+            overwrite=overwrite,
+        )
+    typer.echo(str(result))
 
 
 @app.command()
-def verify(checkpoint: Checkpoint) -> None:
-    """Compare an optimised model with the original one. Not in this version."""
-    _not_in_this_version("verify")
+def verify(
+    left: Checkpoint,
+    right: Annotated[Path, typer.Argument(help="Folder to compare with.", show_default=False)],
+) -> None:
+    """Compare two checkpoints tensor by tensor, bit for bit, in any layouts. Exits with 1 if they differ."""
+    from fxfuse.runtime.convert import differences
+
+    with _bar() as progress:
+        found = list(differences(left, right, progress))
+    for line in found:
+        typer.echo(line)
+    typer.echo(f"{len(found)} tensors differ" if found else "equal, bit for bit")
+    raise typer.Exit(1 if found else 0)
+
+
+@contextmanager
+def _bar() -> Iterator[Callable[[int, int], None]]:
+    """A progress bar in bytes, where somebody watches."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 @app.command()
@@ -167,7 +215,3 @@ def bench(
         )
     else:
         raise typer.Exit(subprocess.call([sys.executable, str(folder / f"{name}.py"), *ctx.args]))
-
-
-def _not_in_this_version(verb: str) -> NoReturn:
-    raise OptionError(f"`fxfuse {verb}` is not in this version")

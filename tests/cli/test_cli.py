@@ -90,11 +90,32 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     assert isinstance(result.exception, CheckpointError)
 
 
-@pytest.mark.parametrize("arguments", [["convert", "a", "b"], ["verify", "a"]])
-def test_a_verb_that_is_not_there_yet_says_so(arguments: list[str]) -> None:
-    code, _, err = run(*arguments)
+def test_convert_goes_there_and_back_and_verify_says_so(tmp_path: Path) -> None:
+    folder = random_checkpoint("small", cache=tmp_path / "cache", progress=False)
+    there, back = tmp_path / "there", tmp_path / "back"
+    code, out, err = run("convert", str(folder), str(there), "--layout", "sglang", "--shard-gb", "0.01")
+    assert code == 0, err
+    assert "layout sglang" in out
+    assert run("convert", str(there), str(back), "--layout", "hf")[0] == 0
+    for left, right in ((folder, back), (folder, there), (there, back)):
+        assert run("verify", str(left), str(right))[:2] == (0, "equal, bit for bit\n")
+    code, _, err = run("convert", str(folder), str(there))
     assert code == 2
-    assert "not in this version" in err
+    assert "exists" in err
+    assert run("convert", str(folder), str(there), "--overwrite")[0] == 0
+    changed = sorted(back.glob("*.safetensors"))[0]
+    whole = bytearray(changed.read_bytes())
+    whole[-1] ^= 1
+    changed.write_bytes(whole)
+    code, out, _ = run("verify", str(folder), str(back))
+    assert code == 1
+    assert "1 tensors differ" in out
+
+
+def test_a_rank_needs_a_world(tmp_path: Path) -> None:
+    code, _, err = run("convert", str(tmp_path), str(tmp_path / "x"), "--rank", "0")
+    assert code == 2
+    assert "belong together" in err
 
 
 def test_an_unknown_option_and_an_unknown_size_are_errors() -> None:

@@ -1,0 +1,169 @@
+"""A checkpoint directory that appears under its name whole, or not at all."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fxfuse.errors import CheckpointError
+from fxfuse.runtime.headers import INDEX, PLAN
+from fxfuse.runtime.safetensors_file import Entry, header_of
+from fxfuse.runtime.streaming import Files, PlannedTensors
+
+# files of weights, in formats that are not read here, would contradict the ones written
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
+
+Progress = Callable[[int, int], None]
+
+
+@contextmanager
+def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
+    """A temporary folder beside `destination` that takes its name at the end, and is gone after a failure.
+
+    What a killed run left behind is removed first. Raises CheckpointError when the destination exists and
+    may not be overwritten, when another run is writing to it, and when the system refuses.
+    """
+    if (destination.exists() or destination.is_symlink()) and not overwrite:
+        raise CheckpointError(f"{destination}: exists; choose another folder, or allow it to be overwritten")
+    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
+        raise CheckpointError(f"{destination}: is no folder of its own; remove it first")
+    partial = destination.parent / f".{destination.name}.partial"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        raise CheckpointError(
+            f"{partial}: cannot be written ({error}); choose another destination"
+        ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(lock)
+        raise CheckpointError(f"{partial}: another run is writing to it; wait for it to end") from error
+    try:
+        _empty(partial)
+        yield partial
+        os.fsync(lock)
+        _rename(partial, destination)
+    except OSError as error:
+        _remove(partial)
+        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
+        raise CheckpointError(f"{destination}: cannot be written ({what}); nothing is left there") from error
+    except BaseException:
+        _remove(partial)
+        raise
+    finally:
+        os.close(lock)
+
+
+def write_tensors(
+    folder: Path, tensors: PlannedTensors, shard_bytes: int, progress: Progress | None = None
+) -> list[str]:
+    """Write every tensor to shards of at most `shard_bytes`, with an index if there are several; their names.
+
+    A tensor larger than a shard has one to itself.
+    """
+    shards = _shards([tensors.describe(name) for name in tensors.names], shard_bytes)
+    total = sum(entry.size for shard in shards for entry in shard)
+    count = len(shards)
+    files = [
+        f"model-{i:05}-of-{count:05}.safetensors" if count > 1 else "model.safetensors"
+        for i in range(1, count + 1)
+    ]
+    done = 0
+    with Files() as opened:
+        for file, shard in zip(files, shards, strict=True):
+            with open(folder / file, "xb", buffering=0) as out:
+                _write(out.fileno(), memoryview(header_of((e.spec, e.dtype, e.size) for e in shard)))
+                for entry in shard:
+                    for piece in tensors.pieces(entry.spec.name, opened):
+                        _write(out.fileno(), piece)
+                        done += len(piece)
+                        if progress is not None:
+                            progress(done, total)
+                os.fsync(out.fileno())
+    if count > 1:
+        weight_map = {e.spec.name: file for file, shard in zip(files, shards, strict=True) for e in shard}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
+    return files
+
+
+def carry_files(source: Path, folder: Path) -> list[str]:
+    """Copy what is beside the weights (config, tokenizer, generation settings, licence); the names copied."""
+    carried = []
+    for file in sorted(source.iterdir()):
+        if (
+            file.name == PLAN
+            or file.name.startswith(".")
+            or file.name.endswith(_WEIGHTS)
+            or not file.is_file()
+        ):
+            continue
+        shutil.copyfile(file, folder / file.name)
+        with open(folder / file.name, "rb") as copied:
+            os.fsync(copied.fileno())
+        carried.append(file.name)
+    return carried
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a new file and flush it to the disk."""
+    with open(file, "x", encoding="utf-8") as out:
+        out.write(text)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
+    """The tensors in order, in shards; within one, wide elements first, so that all are aligned."""
+    shards: list[list[Entry]] = [[]]
+    size = 0
+    for entry in entries:
+        if shards[-1] and size + entry.size > limit:
+            shards.append([])
+            size = 0
+        shards[-1].append(entry)
+        size += entry.size
+    return [sorted(shard, key=_by_alignment) for shard in shards]
+
+
+def _by_alignment(entry: Entry) -> int:
+    elements = entry.spec.rows * entry.spec.width
+    return -(entry.size // elements) if elements else 0
+
+
+def _write(descriptor: int, data: memoryview) -> None:
+    while data:
+        data = data[os.write(descriptor, data) :]
+
+
+def _rename(partial: Path, destination: Path) -> None:
+    """Put the finished folder in its place; the one that was there goes last."""
+    old = destination.parent / f".{destination.name}.old"
+    _remove(old)
+    if destination.exists():
+        os.rename(destination, old)
+    os.rename(partial, destination)
+    parent = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(parent)
+    finally:
+        os.close(parent)
+    _remove(old)
+
+
+def _empty(folder: Path) -> None:
+    for left in folder.iterdir():
+        if left.is_dir() and not left.is_symlink():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)

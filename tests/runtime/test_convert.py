@@ -1,0 +1,468 @@
+"""Converted checkpoints against loaded state dicts, killed and refused conversions, and bounded memory."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
+
+from fxfuse.errors import CheckpointError, OptionError, PlanError, UnsupportedModelError
+from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, WeightPlan, all_ranks
+from fxfuse.runtime import checkpoint_writer
+from fxfuse.runtime.convert import convert, differences
+from fxfuse.runtime.headers import read_tensors
+from fxfuse.runtime.plan import plan
+from fxfuse.runtime.safetensors_file import read_entries
+from fxfuse.runtime.streaming import Files, PlannedTensors
+
+NARROW = {
+    "hidden_size": 16,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+    "vocab_size": 32,
+}
+SPARSE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 8,
+    "shared_expert_intermediate_size": 12,
+}
+CONFIGS: dict[str, PretrainedConfig] = {
+    "dense": Qwen3_5TextConfig(**NARROW, intermediate_size=24),
+    "moe": Qwen3_5MoeTextConfig(**NARROW, **SPARSE),
+    "next": Qwen3NextConfig(**NARROW, **SPARSE, intermediate_size=24, mlp_only_layers=[1]),
+}
+
+
+def state_of(kind: str) -> dict[str, torch.Tensor]:
+    """bfloat16, with A_log and the gated norm in float32, and what no layout touches."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+    weights = {
+        name: tensor.clone() if name.endswith(("A_log", "linear_attn.norm.weight")) else tensor.bfloat16()
+        for name, tensor in model.state_dict().items()
+    }
+    weights["mtp.fc.weight"] = torch.randn(16, 32).to(torch.bfloat16)
+    weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(32, 16).to(torch.bfloat16)
+    weights["model.visual.pos_embed"] = torch.randn(3, 5)
+    weights["flag"] = torch.tensor([True, False, True])
+    return weights
+
+
+def write(folder: Path, weights: dict[str, torch.Tensor], kind: str = "dense", shards: int = 3) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(CONFIGS[kind].to_dict(), default=str))
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
+    (folder / "pytorch_model.bin").write_bytes(b"never read")
+    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(weights)}
+    for file in sorted(set(files.values())):
+        own = {n: t.contiguous() for n, t in weights.items() if files[n] == file}
+        save_file(own, folder / file)
+    if shards > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
+    return folder
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    return write(tmp_path / "dense", state_of("dense"))
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    """As any other program reads it; a tensor in two files would show."""
+    result: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            assert name not in result
+            result[name] = tensor
+    return result
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    def bits(t: torch.Tensor) -> tuple[object, ...]:
+        return t.dtype, t.shape, t.contiguous().flatten().view(torch.uint8).tolist()
+
+    return {n: bits(t) for n, t in left.items()} == {n: bits(t) for n, t in right.items()}
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {f.name: (f.read_bytes(), f.stat().st_mtime_ns) for f in folder.iterdir()}
+
+
+KINDS = [
+    ("dense", "fused"),
+    ("dense", "qwen3_next"),
+    ("dense", "sglang"),
+    ("dense", "fastdeploy"),
+    ("moe", "per_expert"),
+    ("moe", "sglang"),
+    ("next", "qwen3_5"),
+    ("next", "fused"),
+]
+
+
+@pytest.mark.parametrize(("kind", "layout"), KINDS)
+def test_there_and_back_is_byte_equal_and_there_is_the_plan_applied(
+    kind: str, layout: str, tmp_path: Path
+) -> None:
+    weights = state_of(kind)
+    source = write(tmp_path / "source", weights, kind)
+    before = contents(source)
+    result = convert(source, tmp_path / "there", layout, shard_bytes=6_000)
+    assert contents(source) == before
+    there = load(tmp_path / "there")
+    assert same(there, plan(source, layout).apply(weights))
+    for file in (tmp_path / "there").glob("*.safetensors"):
+        assert sum(e.size for e in read_entries(file)) <= 6_000
+    index = json.loads((tmp_path / "there" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == there.keys()
+    assert len(result.files) == len(set(index["weight_map"].values())) > 2
+    for name in ("config.json", "tokenizer.json", "generation_config.json"):
+        assert (tmp_path / "there" / name).read_bytes() == (source / name).read_bytes()
+    assert not (tmp_path / "there" / "pytorch_model.bin").exists()
+    convert(tmp_path / "there", tmp_path / "back", "hf")
+    assert [f.name for f in (tmp_path / "back").glob("*.safetensors")] == ["model.safetensors"]
+    assert not (tmp_path / "back" / "fxfuse_plan.json").exists()
+    assert same(load(tmp_path / "back"), weights)
+    for left, right in (("source", "there"), ("there", "back")):
+        assert list(differences(tmp_path / left, tmp_path / right)) == []
+
+
+def test_one_layout_becomes_another_without_a_way_over_the_first(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "fused")
+    for layout in ("sglang", "fastdeploy"):
+        convert(tmp_path / "fused", tmp_path / layout, layout)
+        assert same(load(tmp_path / layout), plan(dense, layout).apply(state_of("dense")))
+        convert(tmp_path / layout, tmp_path / f"{layout} back", "fused")
+        assert same(load(tmp_path / f"{layout} back"), load(tmp_path / "fused"))
+        assert list(differences(tmp_path / layout, tmp_path / "fused")) == []
+
+
+def test_single_experts_become_the_stack_that_transformers_holds(tmp_path: Path) -> None:
+    weights = state_of("moe")
+    single = plan(CONFIGS["moe"], "per_expert").apply(weights)
+    source = write(tmp_path / "single", single, "moe")
+    convert(source, tmp_path / "stacked", "hf")
+    assert same(load(tmp_path / "stacked"), weights)
+
+
+def test_ranks_are_written_apart_and_hold_the_whole_together(dense: Path, tmp_path: Path) -> None:
+    weights = state_of("dense")
+    for rank in range(2):
+        convert(dense, tmp_path / str(rank), "sglang", tp=(rank, 2))
+    plans = [plan(dense, "sglang", tp=(rank, 2)) for rank in range(2)]
+    held = [load(tmp_path / str(rank)) for rank in range(2)]
+    named = {f"rank{r}.{n}": t for r in range(2) for n, t in held[r].items()}
+    back = all_ranks(plans).inverse().apply(named)
+    assert all(torch.equal(back[s.name], weights[s.name]) for p in plans for s in p.sources)
+    with pytest.raises(PlanError, match="only a part of it is here"):
+        convert(tmp_path / "0", tmp_path / "whole", "hf")
+
+
+def test_a_plan_of_ones_own_can_be_given(dense: Path, tmp_path: Path) -> None:
+    weights = state_of("dense")
+    name = "model.embed_tokens.weight"
+    own = WeightPlan(
+        (TensorSpec(name, (32, 16)),),
+        (
+            Transform(TensorSpec("top", (30, 16)), RowMap((Rows(name, 0, 30),))),
+            Transform(TensorSpec("rest", (2, 16)), RowMap((Rows(name, 30, 32),))),
+        ),
+    )
+    convert(dense, tmp_path / "fused")
+    convert(tmp_path / "fused", tmp_path / "own", plan=own)
+    assert torch.equal(load(tmp_path / "own")["rest"], weights[name][30:])
+    convert(tmp_path / "own", tmp_path / "back", "hf")
+    assert same(load(tmp_path / "back"), weights)
+    with pytest.raises(OptionError, match="tp belongs to a layout"):
+        convert(dense, tmp_path / "no", plan=own, tp=(0, 2))
+
+
+@pytest.mark.parametrize(("kind", "layout"), KINDS)
+@pytest.mark.parametrize("chunk", [8, 24, 100, 1000])
+@pytest.mark.parametrize("tp", [None, (1, 2)])
+def test_pieces_of_any_size_make_the_same_bytes(
+    kind: str, layout: str, chunk: int, tp: tuple[int, int] | None, tmp_path: Path
+) -> None:
+    """Far below the length of a row, too: then a tile is a part of one row."""
+    if tp and kind == "next":
+        tp = (0, 1)
+    weights = state_of(kind)
+    source = write(tmp_path / "source", weights, kind)
+    planned = plan(source, layout, tp=tp)
+    tensors = PlannedTensors(read_tensors(source), planned, chunk)
+    expected = planned.apply(weights)
+    assert set(tensors.names) == expected.keys()
+    with Files() as files:
+        for name in tensors.names:
+            pieces = [bytes(piece) for piece in tensors.pieces(name, files)]
+            assert all(len(piece) <= chunk for piece in pieces)
+            flat = expected[name].contiguous().flatten().view(torch.uint8)
+            assert b"".join(pieces) == bytes(flat.tolist()), name
+
+
+# --- nothing half-written
+
+
+def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_one_starts_anew(
+    dense: Path, tmp_path: Path
+) -> None:
+    program = (
+        "import sys, time; from fxfuse.runtime.convert import convert\n"
+        "def stop(done, total):\n"
+        "    if done > total / 2: print('half', flush=True); time.sleep(600)\n"
+        "convert(sys.argv[1], sys.argv[2], progress=stop, shard_bytes=3000)"
+    )
+    arguments = [sys.executable, "-c", program, str(dense), str(tmp_path / "there")]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "half\n"
+        with pytest.raises(CheckpointError, match="another run is writing to it"):
+            convert(dense, tmp_path / "there")
+        process.send_signal(signal.SIGKILL)
+    left = tmp_path / ".there.partial"
+    assert not (tmp_path / "there").exists()
+    assert list(left.glob("*.safetensors"))
+    assert not (left / "config.json").exists()
+    (left / "stale").mkdir()
+    convert(dense, tmp_path / "there")
+    assert not left.exists()
+    assert same(load(tmp_path / "there"), plan(dense).apply(state_of("dense")))
+    assert not (tmp_path / "there" / "stale").exists()
+
+
+def test_an_error_on_the_way_leaves_nothing(dense: Path, tmp_path: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        convert(dense, tmp_path / "there", progress=stop)
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_a_full_disk_leaves_nothing(dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = []
+
+    def write_some(descriptor: int, data: memoryview) -> int:
+        written.append(len(data))
+        if sum(written) > 10_000:
+            raise OSError(28, "No space left on device")
+        return len(data)
+
+    monkeypatch.setattr(checkpoint_writer.os, "write", write_some)
+    with pytest.raises(CheckpointError, match=r"there: cannot be written \(the disk is full\)"):
+        convert(dense, tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
+
+
+def test_a_disk_without_room_is_refused_before_writing(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full:
+        f_bavail, f_frsize = 1, 4096
+
+    monkeypatch.setattr(os, "statvfs", lambda folder: Full)
+    with pytest.raises(CheckpointError, match=r"the disk has 0\.00 GB left"):
+        convert(dense, tmp_path / "there")
+
+
+def test_an_existing_destination_is_refused_unless_told(dense: Path, tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "precious").write_text("x")
+    with pytest.raises(CheckpointError, match="there: exists"):
+        convert(dense, there)
+    assert [f.name for f in there.iterdir()] == ["precious"]
+    convert(dense, there, overwrite=True)
+    assert not (there / "precious").exists()
+    assert (there / "config.json").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"dense", "there"}
+
+
+def test_destinations_that_touch_the_source_or_are_no_folder_are_refused(dense: Path, tmp_path: Path) -> None:
+    for wrong in (dense, dense / "inside", tmp_path):
+        with pytest.raises(CheckpointError, match="lies in the source or around it"):
+            convert(dense, wrong, overwrite=True)
+    (tmp_path / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "file").write_text("")
+    for wrong in (tmp_path / "link", tmp_path / "file"):
+        with pytest.raises(CheckpointError, match="is no folder of its own"):
+            convert(dense, wrong, overwrite=True)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(dense, tmp_path / "file" / "below")
+    with pytest.raises(OptionError, match="shard_bytes=0"):
+        convert(dense, tmp_path / "x", shard_bytes=0)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_no_permission_is_an_error_of_ours(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0o500)
+    with pytest.raises(CheckpointError, match="cannot be written"):
+        convert(dense, tmp_path / "closed" / "there")
+
+
+# --- bad input
+
+
+def test_faulty_sources_are_named_with_file_and_tensor_and_nothing_is_written(
+    dense: Path, tmp_path: Path
+) -> None:
+    there = tmp_path / "there"
+    weights = state_of("dense")
+
+    def refused(match: str, error: type[Exception] = CheckpointError) -> None:
+        with pytest.raises(error, match=match):
+            convert(dense, there)
+        assert {path.name for path in tmp_path.iterdir()} <= {"dense", "out"}
+
+    name = "model.layers.0.mlp.up_proj.weight"
+    write(dense, weights | {name: torch.zeros(25, 16, dtype=torch.bfloat16)})
+    refused(rf"model-\d\.safetensors: {name} has shape \[25, 16\], by config\.json it has \[24, 16\]")
+    write(dense, weights | {name: torch.zeros(24, 16, dtype=torch.int32)})
+    refused(rf"model-\d\.safetensors: {name} has dtype I32; a weight holds floats")
+    write(dense, weights)
+    shard = dense / "model-1.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1])
+    refused(r"model-1\.safetensors: not a readable safetensors file")
+    outside = tmp_path / "out"
+    outside.mkdir()
+    (outside / "x").write_bytes(whole)
+    shard.unlink()
+    shard.symlink_to(outside / "x")
+    refused(r"model-1\.safetensors: a link out of the checkpoint")
+    shard.unlink()
+    refused(r"model-1\.safetensors: missing")
+    shard.write_bytes(whole)
+    config = (dense / "config.json").read_text()
+    (dense / "config.json").write_text(config.replace('"qwen3_5_text"', '"llama"'))
+    refused("model_type 'llama'", UnsupportedModelError)
+    (dense / "config.json").write_text(config.replace('"hidden_size": 16', '"hidden_size": "x"'))
+    refused("describes no model that transformers can build")
+    (dense / "config.json").unlink()
+    refused(r"config\.json: missing")
+    (dense / "config.json").write_text(config)
+    (dense / "fxfuse_plan.json").write_text("{}")
+    refused(r"fxfuse_plan\.json: not a readable weight plan")
+    own = plan(CONFIGS["dense"])
+    (dense / "fxfuse_plan.json").write_text(own.to_json())
+    refused("its plan made .* the files have None")
+
+
+def test_a_link_into_the_blobs_of_a_hub_cache_is_followed(dense: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "repo" / "snapshots" / "abc"
+    blobs = tmp_path / "repo" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for i, file in enumerate(sorted(dense.iterdir())):
+        (blobs / str(i)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(blobs / str(i))
+    convert(snapshot, tmp_path / "there", "hf")
+    assert same(load(tmp_path / "there"), state_of("dense"))
+    assert not any(path.is_symlink() for path in (tmp_path / "there").iterdir())
+
+
+def test_a_source_that_shrinks_meanwhile_is_an_error(dense: Path, tmp_path: Path) -> None:
+    def shrink(done: int, total: int) -> None:
+        for file in dense.glob("*.safetensors"):
+            os.truncate(file, 100)
+
+    with pytest.raises(CheckpointError, match=r"model-\d\.safetensors: ends inside of "):
+        convert(dense, tmp_path / "there", progress=shrink)
+    assert not (tmp_path / "there").exists()
+
+
+# --- differences
+
+
+def test_differences_name_each_tensor_and_where(dense: Path, tmp_path: Path) -> None:
+    weights = state_of("dense")
+    name = "model.layers.1.mlp.up_proj.weight"
+    changed = {n: t.clone() for n, t in weights.items() if n != "flag"}
+    changed[name].view(torch.uint8)[3, 5] ^= 1
+    changed["mtp.fc.weight"] = changed["mtp.fc.weight"].half()
+    changed["new"] = torch.zeros(1)
+    other = write(tmp_path / "other", changed)
+    convert(other, tmp_path / "fused")
+    found = list(differences(dense, tmp_path / "fused"))
+    assert sorted(line.split(":")[0] for line in found) == sorted([name, "flag", "mtp.fc.weight", "new"])
+    assert f"{name}: differs from byte {3 * 32 + 5} of 768 on" in found
+    assert f"flag: only in {dense}" in found
+    assert "mtp.fc.weight: BF16 [16, 32], F16 [16, 32]" in found
+
+
+# --- memory and speed
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["hf", "fused", "qwen3_next", "fastdeploy"])
+def test_memory_is_bounded_for_one_tensor_of_4_gib(layout: str, tmp_path: Path) -> None:
+    """in_proj_qkv is 4 GiB of holes; the result is written in full and removed again."""
+    fields = NARROW | {"linear_num_key_heads": 64, "linear_num_value_heads": 128}
+    fields |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_hidden_layers": 2}
+    fields |= {"hidden_size": 2**16, "layer_types": ["linear_attention", "full_attention"]}
+    config = Qwen3_5TextConfig(**fields, intermediate_size=8)
+    with torch.device("meta"):
+        shapes = {n: t.shape for n, t in AutoModelForCausalLM.from_config(config).state_dict().items()}
+    layer = "model.layers.0.linear_attn."
+    kept = {n: s for n, s in shapes.items() if n.startswith(layer + "in_proj") or "self_attn" in n}
+    kept = {n: s for n, s in kept.items() if not n.endswith("in_proj_z.weight") or layout != "hf"}
+    header, at = {}, 0
+    for name, shape in kept.items():
+        size = shape.numel() * 2
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [at, at + size]}
+        at += size
+    assert max(s.numel() * 2 for s in kept.values()) == 4 * 2**30
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps(config.to_dict(), default=str))
+    text = json.dumps(header).encode()
+    (source / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    os.truncate(source / "model.safetensors", 8 + len(text) + at)
+    program = (
+        "import sys, resource; from fxfuse.runtime.convert import convert\n"
+        "print(convert(*sys.argv[1:4]).bytes, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(source), str(tmp_path / "there"), layout],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        size, peak = map(int, done.stdout.split())
+        assert size == at
+        assert peak < 2**20  # KiB
+    finally:
+        subprocess.run(["rm", "-rf", str(tmp_path / "there"), str(source)], check=True)
+
+
+def test_progress_counts_every_byte_once(dense: Path, tmp_path: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    start = time.perf_counter()
+    result = convert(dense, tmp_path / "there", progress=lambda done, total: seen.append((done, total)))
+    assert [done for done, _ in seen] == sorted({done for done, _ in seen})
+    assert seen[-1] == (result.bytes, result.bytes)
+    assert 0 < result.seconds <= time.perf_counter() - start
+    assert result.bytes == sum(t.nbytes for t in state_of("dense").values())
+    assert json.loads(result.to_json())["changed"] == len(plan(dense))
