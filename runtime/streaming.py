@@ -2,7 +2,7 @@
 
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -15,6 +15,19 @@ CHUNK = 32 * 2**20
 _OPEN_FILES = 32
 # element size -> a dtype to move elements as, whatever they mean
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+class _Buffer:
+    """Memory that is used again: to clear a new piece for each tensor would cost more than to read one."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def take(self, size: int) -> memoryview:
+        """`size` bytes, which the next call may hand out again."""
+        if len(self._bytes) < size:
+            self._bytes = bytearray(size)
+        return memoryview(self._bytes)[:size]
 
 
 class PlannedTensors:
@@ -31,7 +44,7 @@ class PlannedTensors:
     def __init__(self, entries: Mapping[str, Entry], plan: WeightPlan, chunk: int = CHUNK) -> None:
         self.entries = entries
         self.plan = plan.bind({name: entry.spec for name, entry in entries.items()})
-        self._chunk = chunk
+        self._chunk, self._piece, self._scratch = chunk, _Buffer(), _Buffer()
         self._made = {transform.target.name: transform for transform in self.plan.transforms}
         for source in self.plan.sources:
             if BITS[entries[source.name].dtype] < 8:
@@ -60,17 +73,17 @@ class PlannedTensors:
         return Entry(transform.target, first.dtype, first.file, first.offset, size)
 
     def pieces(self, name: str, files: "Files") -> Iterator[memoryview]:
-        """The bytes of one tensor in order. A piece is valid until the next one is asked for."""
+        """The bytes of one tensor in order. A piece is valid until the next one of any tensor is taken."""
         transform = self._made.get(name)
         if transform is None:
             entry = self.entries[name]
-            yield from self._copied([(entry, 0, entry.size)], files)
+            yield from self._copied([(entry, 0, entry.size)], entry.size, files)
         elif transform.beside or any(
             block.transposed or block.columns is not None for block in transform.rows.segments
         ):
             yield from self._tiled(transform, files)
         else:
-            yield from self._copied(self._ranges(transform), files)
+            yield from self._copied(self._ranges(transform), self.describe(name).size, files)
 
     def _ranges(self, transform: Transform) -> Iterator[tuple[Entry, int, int]]:
         """(source, first byte, number of bytes) of each block of whole rows."""
@@ -80,17 +93,17 @@ class PlannedTensors:
             yield entry, block.start * row, len(block) * row
 
     def _copied(
-        self, ranges: Iterator[tuple[Entry, int, int]] | list[tuple[Entry, int, int]], files: "Files"
+        self, ranges: Iterable[tuple[Entry, int, int]], total: int, files: "Files"
     ) -> Iterator[memoryview]:
         """The byte ranges one after another, in as few pieces as fit."""
-        buffer = memoryview(bytearray(self._chunk))
+        buffer = self._piece.take(min(self._chunk, total))
         filled = 0
         for entry, start, size in ranges:
             while size:
-                part = min(size, self._chunk - filled)
+                part = min(size, len(buffer) - filled)
                 files.read_into(entry, start, buffer[filled : filled + part])
                 start, size, filled = start + part, size - part, filled + part
-                if filled == self._chunk:
+                if filled == len(buffer):
                     yield buffer
                     filled = 0
         if filled:
@@ -104,12 +117,12 @@ class PlannedTensors:
         blocks = [(at, left, block) for at, left, block in transform.blocks(widths)]
         high = max(self._chunk // (width * item), 1)
         wide = width if high > 1 else min(width, self._chunk // item)
-        storage = bytearray(high * wide * item)
+        storage = self._piece.take(min(high, rows) * wide * item)
         for top in range(0, rows, high):
             bottom = min(top + high, rows)
             for left in range(0, width, wide):
                 right = min(left + wide, width)
-                view = memoryview(storage)[: (bottom - top) * (right - left) * item]
+                view = storage[: (bottom - top) * (right - left) * item]
                 tile = torch.frombuffer(view, dtype=_WORDS[item]).view(bottom - top, right - left)
                 for at, across, block in blocks:
                     self._fill(tile, top, left, at, across, block, files)
@@ -129,7 +142,7 @@ class PlannedTensors:
         first, last = part.columns or (0, entry.spec.width)
         into = tile[r0 - top : r1 - top, c0 - left : c1 - left]
         source = into.t() if part.transposed else into
-        _read_window(entry, part.start, first, last, source, files, self._chunk)
+        _read_window(entry, part.start, first, last, source, files, self._chunk, self._scratch)
 
 
 class Files:
@@ -169,7 +182,14 @@ class Files:
 
 
 def _read_window(
-    entry: Entry, row: int, first: int, last: int, into: torch.Tensor, files: Files, chunk: int
+    entry: Entry,
+    row: int,
+    first: int,
+    last: int,
+    into: torch.Tensor,
+    files: Files,
+    chunk: int,
+    scratch: _Buffer,
 ) -> None:
     """Read columns first..last-1 of the rows from `row` on, as many as `into` has.
 
@@ -179,15 +199,15 @@ def _read_window(
     width = entry.spec.width
     if 2 * (last - first) >= width and width * item <= chunk:
         high = min(chunk // (width * item), into.shape[0])
-        buffer = bytearray(high * width * item)
+        buffer = scratch.take(high * width * item)
         for top in range(0, into.shape[0], high):
             count = min(high, into.shape[0] - top)
-            view = memoryview(buffer)[: count * width * item]
+            view = buffer[: count * width * item]
             files.read_into(entry, (row + top) * width * item, view)
             read = torch.frombuffer(view, dtype=into.dtype).view(count, width)
             into[top : top + count].copy_(read[:, first:last])
         return
-    line = memoryview(bytearray((last - first) * item))
+    line = scratch.take((last - first) * item)
     values = torch.frombuffer(line, dtype=into.dtype)
     for offset in range(into.shape[0]):
         files.read_into(entry, ((row + offset) * width + first) * item, line)
