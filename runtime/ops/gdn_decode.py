@@ -57,7 +57,7 @@ def views_of_row(
     """The parts as views of the projections' output.
 
     Args:
-        qkvz: [B, 2·Hk·dk + 2·HV·dv]; ba: [B, 2·HV]; they may be two slices of one row.
+        qkvz: [..., 2·Hk·dk + 2·HV·dv]; ba: [..., 2·HV]; they may be two slices of one row.
         interleaved: each key head's group [q | k | r·v | r·z] and [r·b | r·a] in turn, as in Qwen3-Next;
             otherwise all q | all k | all v | all z and all b | all a, as in Qwen3.5.
     """
@@ -184,8 +184,6 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     state,
     out,
     key_heads,
-    key_dim,
-    value_dim,
     eps,
     scale,
     query_stride_b,
@@ -219,8 +217,10 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     norm_stride,
     state_stride_b,
     state_stride_h,
-    state_stride_k,
-    state_stride_v,
+    state_stride_k: tl.constexpr,
+    state_stride_v: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     RATIO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ROUND_BETA: tl.constexpr,
@@ -235,13 +235,13 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     group = tl.program_id(0) % key_heads
     i = tl.arange(0, BLOCK_K)
     j = tl.arange(0, BLOCK_V)
-    in_key = i < key_dim
-    in_value = j < value_dim
+    in_key = i < KEY_DIM
+    in_value = j < VALUE_DIM
     tile = in_key[:, None] & in_value[None, :]
     conv_state += batch * conv_stride_b
     queries = query + batch * query_stride_b + group * query_stride_g
     keys = key + batch * key_stride_b + group * key_stride_g
-    channel = (group * key_dim + i).to(tl.int64)
+    channel = (group * KEY_DIM + i).to(tl.int64)
     q = _convolved(
         tl.load(queries + i * query_stride_d, mask=in_key, other=0.0).to(tl.float32),
         channel,
@@ -261,7 +261,7 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     )
     k = _convolved(
         tl.load(keys + i * key_stride_d, mask=in_key, other=0.0).to(tl.float32),
-        channel + key_heads * key_dim,
+        channel + key_heads * KEY_DIM,
         in_key,
         conv_state,
         conv_stride_c,
@@ -289,7 +289,7 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
         values = value + batch * value_stride_b + group * value_stride_g + r * value_stride_h
         v = _convolved(
             tl.load(values + j * value_stride_d, mask=in_value, other=0.0).to(tl.float32),
-            (2 * key_heads * key_dim + head * value_dim + j).to(tl.int64),
+            (2 * key_heads * KEY_DIM + head * VALUE_DIM + j).to(tl.int64),
             in_value,
             conv_state,
             conv_stride_c,
@@ -315,10 +315,10 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
         current += k[:, None] * correction[None, :]
         tl.store(place, current.to(state.dtype.element_ty), mask=tile)
         result = tl.where(in_value, tl.sum(current * q[:, None], axis=0), 0.0)
-        inverse = tl.rsqrt(tl.sum(result * result, axis=0) / value_dim + eps)
+        inverse = tl.rsqrt(tl.sum(result * result, axis=0) / VALUE_DIM + eps)
         gates = z + batch * z_stride_b + group * z_stride_g + r * z_stride_h
         gate = silu(tl.load(gates + j * z_stride_d, mask=in_value, other=0.0).to(tl.float32))
-        target = out + (batch * key_heads * RATIO + head) * value_dim + j
+        target = out + (batch * key_heads * RATIO + head) * VALUE_DIM + j
         tl.store(target, (result * inverse * scales * gate).to(out.dtype.element_ty), mask=in_value)
 
 
@@ -360,8 +360,6 @@ def launch(
         state,
         out,
         key_heads,
-        dk,
-        dv,
         eps,
         dk**-0.5,
         *query.stride(),
@@ -377,6 +375,8 @@ def launch(
         dt_bias.stride(0),
         norm_weight.stride(0),
         *state.stride(),
+        KEY_DIM=dk,
+        VALUE_DIM=dv,
         RATIO=ratio,
         HAS_BIAS=conv_bias is not None,
         ROUND_BETA=round_beta,
