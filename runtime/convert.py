@@ -17,6 +17,7 @@ from fxfuse.runtime.checkpoint_writer import Progress, carry_files, new_director
 from fxfuse.runtime.families import family_of
 from fxfuse.runtime.headers import PLAN, read_config, read_plan, read_tensors
 from fxfuse.runtime.layouts.geometry import text_config
+from fxfuse.runtime.layouts.scales import SCALES
 from fxfuse.runtime.plan import plan_and_origin
 from fxfuse.runtime.safetensors_file import Entry
 from fxfuse.runtime.streaming import Files, PlannedTensors
@@ -102,6 +103,7 @@ def convert(
         layout, planned = "given by a plan", plan.bind({name: e.spec for name, e in entries.items()})
         origin = _after(earlier, planned, entries)
     tensors = PlannedTensors(entries, planned)
+    _check_scales(entries)
     _check_room(destination, sum(tensors.describe(name).size for name in tensors.names))
     with new_directory(destination, overwrite) as folder:
         files = write_tensors(folder, tensors, shard_bytes, progress)
@@ -205,6 +207,19 @@ def _check_tensors(
                 f"{entry.file}: {name} has shape {list(entry.spec.shape)}, "
                 f"by config.json it has {list(shape)}"
             )
+
+
+def _check_scales(entries: Mapping[str, Entry]) -> None:
+    """Raises CheckpointError for a scale that is no number: every weight under it would be lost."""
+    with Files() as files:
+        unchanged = PlannedTensors(entries, WeightPlan())
+        for name, entry in entries.items():
+            if name.rpartition(".")[2] not in SCALES or entry.spec.dtype is None:
+                continue
+            dtype = getattr(torch, entry.spec.dtype)
+            for piece in unchanged.pieces(name, files):
+                if len(piece) and torch.frombuffer(piece, dtype=dtype).float().isnan().any():
+                    raise CheckpointError(f"{entry.file}: {name} holds NaN; fetch the file again")
 
 
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

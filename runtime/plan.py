@@ -18,8 +18,10 @@ from fxfuse.runtime.layouts.fastdeploy import to_fastdeploy
 from fxfuse.runtime.layouts.geometry import Geometry, geometry_of
 from fxfuse.runtime.layouts.grouped_heads import to_flat, to_groups
 from fxfuse.runtime.layouts.merging import to_fused
-from fxfuse.runtime.layouts.sglang import to_sglang
+from fxfuse.runtime.layouts.scales import Step, with_scales
+from fxfuse.runtime.layouts.sglang import LOGICAL, to_sglang
 from fxfuse.runtime.layouts.tensor_parallel import shards
+from fxfuse.runtime.quantization import Scheme, scheme_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -61,8 +63,9 @@ def plan(
         tp: (rank, world): the part of each tensor that this rank holds.
 
     Raises:
-        PlanError: an unknown layout, an incomplete group, sizes that do not divide, quantised weights, or a
-            layout that the model has nothing for.
+        PlanError: an unknown layout, an incomplete group, sizes that do not divide, quantised weights that
+        cannot be
+            merged without loss, or a layout that the model has nothing for.
         UnsupportedModelError: an unknown family.
         CheckpointError: a faulty checkpoint.
     """
@@ -82,7 +85,8 @@ def plan_and_origin(
         draft.then(back.transforms, back.usages)
         origin = Draft(draft.tensors)
     geometry = geometry_of(config) if tp is not None or layout in _BY_HEADS else Geometry()
-    steps = _steps(layout, tp, family, geometry, draft.tensors)
+    scheme = scheme_of(config)
+    steps = _steps(layout, tp, family, geometry, draft.tensors, scheme)
     for transforms, usages in steps:
         draft.then(transforms, usages)
         if origin is not None:
@@ -97,20 +101,30 @@ def _steps(
     family: Family,
     geometry: Geometry,
     tensors: Mapping[str, TensorSpec],
-) -> list[tuple[list[Transform], list[Usage]]]:
+    scheme: Scheme | None,
+) -> list[Step]:
     """The rank's shards, if any, and then the layout, from transformers' layout on."""
-    steps: list[tuple[list[Transform], list[Usage]]] = []
+    steps: list[Step] = []
     present = Draft(tensors)
     if tp is not None:
-        steps.append(shards(Decoder(family, geometry, tensors), *tp))
-        present.then(*steps[0])
+        parts, usages = shards(Decoder(family, geometry, tensors), *tp)
+        if scheme is not None:
+            parts, broadcast = with_scales(parts, tensors, scheme)
+            usages = [*broadcast, *(Usage(t.sources[0], "partial", "tensor_parallel_shard") for t in parts)]
+        steps.append((parts, usages))
+        present.then(parts, usages)
         geometry = geometry.per_rank(tp[1])
-    transforms = _STEPS[layout](Decoder(family, geometry, present.tensors))
+    # quantised experts stay one by one: transformers stacks them, scales and all, when it loads them
+    keep = scheme is not None and layout == "hf"
+    transforms = [] if keep else _STEPS[layout](Decoder(family, geometry, present.tensors))
     if not transforms and layout in ("per_expert", "sglang", "fastdeploy"):
         raise PlanError(
             f"{family.name}: none of the {len(tensors)} tensors is one that layout {layout!r} changes; "
             "they are in it already, or the model has no such parts"
         )
+    if scheme is not None:
+        logical = LOGICAL if layout == "sglang" else {}
+        return [*steps, with_scales(transforms, present.tensors, scheme, logical)]
     return [*steps, (transforms, [])]
 
 
@@ -118,7 +132,7 @@ def _inspect(source: Any) -> tuple[Family, Any, dict[str, TensorSpec], WeightPla
     """Family, config and tensors of a model, config or checkpoint directory, and the plan that made them."""
     if isinstance(source, str | os.PathLike):
         config: Any = SimpleNamespace(**read_config(Path(source)))
-        family, tensors = _family(config), read_headers(Path(source))
+        family, tensors = family_of(getattr(config, "model_type", None)), read_headers(Path(source))
         return family, config, tensors, _earlier(Path(source), tensors)
     if isinstance(source, torch.nn.Module):
         config = getattr(source, "config", None)
@@ -144,13 +158,13 @@ def _earlier(directory: Path, tensors: Mapping[str, TensorSpec]) -> WeightPlan |
 
 
 def _family(config: Any) -> Family:
-    """The family of a config; raises PlanError when its weights are quantised."""
+    """The family of a config; raises PlanError when its weights are quantised, and scales are not at hand."""
     family = family_of(getattr(config, "model_type", None))
-    quantization = getattr(config, "quantization_config", None)
-    if quantization is not None:
-        fields = quantization if isinstance(quantization, dict) else vars(quantization)
+    scheme = scheme_of(config)
+    if scheme is not None:
         raise PlanError(
-            f"weights quantised with {fields.get('quant_method')}: only plain weights can be merged"
+            f"weights quantised with {scheme.name}: only the files say which have scales; "
+            "give the checkpoint directory"
         )
     return family
 

@@ -9,12 +9,14 @@ from fxfuse.errors import PlanError
 from fxfuse.passes.weights import TensorSpec, Transform, fused_name
 from fxfuse.runtime.families import LinearGroup
 from fxfuse.runtime.layouts.decoder import Decoder, stacked
+from fxfuse.runtime.layouts.scales import by_scales, scales_of
 
 
 def to_fused(decoder: Decoder) -> list[Transform]:
     """Every group of every layer merged; raises PlanError for an incomplete group, and when there is none.
 
-    A group whose members differ in dtype or in having a bias stays as it is.
+    A group whose members differ in dtype or in having a bias stays as it is; where some are FP8 with scales,
+    those are merged and the others are, each kind by itself.
     """
     family = decoder.family
     transforms = [
@@ -47,6 +49,9 @@ def _merges(layer: str, group: LinearGroup, tensors: Mapping[str, TensorSpec]) -
     if present and len(present) < len(biases):
         return []
     stacks = [[spec for spec in weights.values() if spec is not None], *([present] if present else [])]
+    if any(scales_of(name, tensors) for name in weights):
+        # beside FP8 members, plain ones are merged by themselves
+        stacks = [run for stack in stacks for run in by_scales(stack, tensors) if len(run) > 1]
     if any(len({spec.dtype for spec in stack}) > 1 for stack in stacks):
         return []
     return [stacked(fused_name([member.name for member in stack]), stack) for stack in stacks]

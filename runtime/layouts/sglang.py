@@ -9,9 +9,12 @@ which accepts these names as single shards.
     `self_attn.` is no part of a name; experts stay as they are, one by one or stacked
 """
 
+from types import MappingProxyType
+
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights import Transform
 from fxfuse.runtime.layouts.decoder import Decoder, renamed, stacked
+from fxfuse.runtime.layouts.scales import SCALES
 
 # shards in order of their ids
 _STACKS = {
@@ -22,6 +25,9 @@ _STACKS = {
     "mlp.shared_expert.gate_up_proj": ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
 }
 _ATTENTION = "self_attn."
+
+# modules that are several logical shards each
+LOGICAL = MappingProxyType({"in_proj_qkv": 3})
 
 
 def to_sglang(decoder: Decoder) -> list[Transform]:
@@ -45,6 +51,12 @@ def to_sglang(decoder: Decoder) -> list[Transform]:
         transforms += [
             renamed(spec, layer + name.removeprefix(_ATTENTION))
             for name, spec in tensors.items()
-            if name.startswith(_ATTENTION) and name not in used
+            if name.startswith(_ATTENTION) and name not in used and not _is_scale_of(name, used)
         ]
     return transforms
+
+
+def _is_scale_of(name: str, weights: set[str]) -> bool:
+    """Whether a tensor is the scale of one of the weights, and goes with it."""
+    module, _, leaf = name.rpartition(".")
+    return leaf in SCALES and f"{module}.weight" in weights

@@ -65,6 +65,8 @@ def _of_heads(decoder: Decoder, name: str, spec: TensorSpec, rank: int, world: i
     """The part of a tensor whose rows belong to heads."""
     geometry = decoder.geometry
     module, _, tensor = name.rpartition(".")
+    if tensor not in ("weight", "bias", "A_log", "dt_bias"):
+        return None
     if module == "self_attn.q_proj":
         check_rows(spec, geometry.query_heads * geometry.query_rows, "query heads")
         return _segments(spec, [spec.rows], rank, world)
@@ -88,7 +90,7 @@ def _of_heads(decoder: Decoder, name: str, spec: TensorSpec, rank: int, world: i
     }
     if name in ("linear_attn.A_log", "linear_attn.dt_bias"):
         check_rows(spec, geometry.value_heads, "value heads")
-    elif module in by_head and tensor in ("weight", "bias"):
+    elif module in by_head:
         check_rows(spec, by_head[module], "heads")
     else:
         return None

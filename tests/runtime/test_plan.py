@@ -226,11 +226,22 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
 
 
 def test_quantised_weights_are_refused_by_format(tmp_path: Path) -> None:
-    config = CONFIGS["dense"].to_dict() | {"quantization_config": {"quant_method": "fp8"}}
-    checkpoint(tmp_path, narrow_model("dense").state_dict(), config)
-    with pytest.raises(PlanError, match="quantised with fp8"):
-        plan(tmp_path)
-    with pytest.raises(PlanError, match="quantised with fp8"):
+    weights = narrow_model("dense").state_dict()
+    for name, fields in {
+        "gptq": {"quant_method": "gptq"},
+        "awq": {"quant_method": "awq"},
+        "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        "gguf": {"quant_method": "gguf"},
+        "compressed-tensors pack-quantized": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}},
+        },
+    }.items():
+        checkpoint(tmp_path, weights, CONFIGS["dense"].to_dict() | {"quantization_config": fields})
+        with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
+            plan(tmp_path)
+    with pytest.raises(PlanError, match="quantised with fp8: only the files say"):
         plan(Qwen3_5TextConfig(**NARROW, quantization_config={"quant_method": "fp8"}))
 
 
