@@ -4,111 +4,23 @@
     After:  m = gather_features(y, blocks of q, k, v); z = gather_features(y, block of z)
     Copy:   y = linear(x, W[order]); m = y[..., :n]; z = unflatten(y[..., n:], …)           weights="copy"
 
-Which features a node holds is not read off the spelling: the chain is run on numbered features.
+Which features a node holds is not read off the spelling: see `numbered_features`.
 """
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
-from torch import Tensor
 from torch.fx import Node
-from torch.fx.node import map_arg
 
+from fxfuse.passes.modes import grad_enabled_at
+from fxfuse.passes.numbered_features import MOST_ELEMENTS, Cut, TooLarge, cuts_of, region_of
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.same_input_linears import bias_of, weight_is_trained, weight_of
-from fxfuse.passes.storage_writes import StorageWrites
+from fxfuse.passes.same_input_linears import bias_of, weight_of
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of
 from fxfuse.patterns import ops
 
 RULE = "layout_chains"
-
-
-@dataclass(frozen=True)
-class Cut:
-    """A node of the chain whose rows are whole: the features it holds, in order, and their shape."""
-
-    node: Node
-    features: tuple[int, ...]
-    shape: tuple[int, ...]
-
-    @property
-    def is_in_order(self) -> bool:
-        return self.features == tuple(range(self.features[0], self.features[0] + len(self.features)))
-
-
-def _region(linear: Node) -> list[Node]:
-    """The nodes that hold nothing but features of this linear, in graph order."""
-    region = {linear}
-    for node in linear.graph.nodes:
-        is_layout = node.op == "call_function" and (
-            node.target is operator.getitem or str(node.target) in ops.LAYOUT
-        )
-        tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), (Tensor, list, tuple))]
-        if is_layout and tensors and region.issuperset(tensors):
-            region.add(node)
-    return [node for node in linear.graph.nodes if node in region]
-
-
-def _concrete(value: Any, sizes: dict[Any, int]) -> Any:
-    """A size with every symbol replaced by a small number, the same one everywhere."""
-    if not isinstance(value, torch.SymInt):
-        return value
-    expression = value.node.expr
-    for symbol in expression.free_symbols:
-        sizes.setdefault(symbol, 2 + len(sizes))
-    return int(expression.subs(sizes))
-
-
-def _numbered(region: Sequence[Node]) -> dict[Node, Any]:
-    """The region run on numbers: row · N + feature, so that every element says where it came from."""
-    sizes: dict[Any, int] = {}
-    linear, *rest = region
-    shape = [_concrete(size, sizes) for size in linear.meta["val"].shape]
-    values: dict[Node, Any] = {linear: torch.arange(prod(shape)).reshape(shape)}
-
-    def value_of(node: Node) -> Any:
-        return values[node] if node in values else _concrete(node.meta["val"], sizes)
-
-    for node in rest:
-        args, kwargs = map_arg((node.args, node.kwargs), value_of)
-        values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
-    return values
-
-
-def _features(value: Any, whole: Tensor) -> tuple[int, ...] | None:
-    """The features that each row of the linear has in `value`, if every row is there, in order and alike."""
-    lead, width = whole.shape[:-1], whole.shape[-1]
-    if not isinstance(value, Tensor) or value.shape[: len(lead)] != lead or value.dim() == len(lead):
-        return None
-    rows = value.reshape(prod(lead), -1)
-    picked = rows[0]
-    if not torch.equal(rows, picked + torch.arange(prod(lead))[:, None] * width):
-        return None
-    return tuple(picked.tolist())
-
-
-def _cuts(region: Sequence[Node], values: dict[Node, Any]) -> list[Cut]:
-    """The last nodes whose rows are whole: somebody uses them for more than to rearrange them so again."""
-    whole = values[region[0]]
-    features = {node: _features(values[node], whole) for node in region}
-    inside = {node for node in region if features[node] is not None or _only_feeds(node, features)}
-    return [
-        Cut(node, found, tuple(values[node].shape[whole.dim() - 1 :]))
-        for node in region
-        if (found := features[node]) is not None and any(user not in inside for user in node.users)
-    ]
-
-
-def _only_feeds(node: Node, features: dict[Node, tuple[int, ...] | None]) -> bool:
-    """Whether a list (of a split) or another step is there only on the way to nodes whose rows are whole."""
-    return bool(node.users) and all(
-        user in features and (features[user] is not None or _only_feeds(user, features))
-        for user in node.users
-    )
 
 
 def _blocks(features: Sequence[int]) -> list[int]:
@@ -144,7 +56,7 @@ def leaves_by_another_way(program: Program, region: Sequence[Node], cuts: Sequen
     """Every use of the linear's features must go through a cut."""
     reached = {cut.node for cut in cuts}
     for node in region:
-        if node in reached or any(n in reached for n in node.all_input_nodes):
+        if any(n in reached for n in node.all_input_nodes):
             reached.add(node)
     for node in region:
         outside = next((user for user in node.users if user not in region), None)
@@ -155,37 +67,51 @@ def leaves_by_another_way(program: Program, region: Sequence[Node], cuts: Sequen
 
 def is_no_permutation(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
     """Folding an order into the weight needs every row once."""
-    if not program.copy_weights:
-        return None
     width = region[0].meta["val"].shape[-1]
     used = sorted(feature for cut in cuts for feature in cut.features)
     return None if used == list(range(width)) else "not every feature is used exactly once"
 
 
 def weight_cannot_be_permuted(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
-    if not program.copy_weights:
-        return None
+    trained = grad_enabled_at(region[0], program.grad_enabled)
     for parameter in filter(None, (weight_of(region[0]), bias_of(region[0]))):
         if not program.name_of(parameter):
             return f"{parameter.name} is not a parameter whose rows can be put in another order"
-    if bias_of(region[0]) is None and weight_of(region[0]).name in program.weights:
-        return weight_is_trained(program, StorageWrites(program.graph), region[0])
+        if trained and program.is_trainable(parameter):
+            return "grad mode is on and a weight is trainable: call under torch.no_grad(), or freeze it"
     return None
 
 
-GUARDS = (memory_is_written, leaves_by_another_way, is_no_permutation, weight_cannot_be_permuted)
+def memory_is_read_as_it_was(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
+    """A value that leaves the graph, or whose strides are read, stays where and as it was."""
+    fixed = layout_matters(program.graph)
+    found = next((cut.node for cut in cuts if storage_of(cut.node) in fixed), None)
+    return f"{found.name} leaves the graph, or its strides are read" if found is not None else None
+
+
+GUARDS = (memory_is_written, leaves_by_another_way)
+COPY_GUARDS = (is_no_permutation, weight_cannot_be_permuted, memory_is_read_as_it_was)
+
+
+def _reason(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
+    guards = (*GUARDS, *COPY_GUARDS) if program.copy_weights else GUARDS
+    return next((r for guard in guards if (r := guard(program, region, cuts)) is not None), None)
 
 
 def _read_strided(program: Program, cuts: Sequence[Cut], linear: Node) -> None:
     for cut in cuts:
-        if cut.is_in_order:
-            continue
         with program.graph.inserting_after(linear):
             picked = program.graph.call_function(
                 torch.ops.fxfuse.gather_features.default, (linear, _blocks(cut.features), list(cut.shape))
             )
         picked.meta["nn_module_stack"] = cut.node.meta.get("nn_module_stack", {})
         cut.node.replace_all_uses_with(picked)
+
+
+def _movable(program: Program, cuts: Sequence[Cut]) -> list[Cut]:
+    """The cuts out of order that may become views: their strides are not read, they stay in the graph."""
+    fixed: Collection[int | None] = layout_matters(program.graph)
+    return [cut for cut in cuts if not cut.is_in_order and storage_of(cut.node) not in fixed]
 
 
 def _fold_into_weight(program: Program, cuts: Sequence[Cut], linear: Node) -> None:
@@ -213,15 +139,21 @@ def run(program: Program) -> Outcome:
     """Rewrite the chain with a cat behind each linear; report every chain that stays, with the reason."""
     outcome = Outcome()
     for linear in program.calls(ops.LINEAR):
-        region = _region(linear)
+        region = region_of(linear)
         if not any(str(node.target) == ops.CAT for node in region):
-            continue
-        cuts = _cuts(region, _numbered(region))
-        if not cuts or all(cut.is_in_order for cut in cuts):
             continue
         name = program.name_of(weight_of(linear))
         where = name or module_path(linear)
-        reason = next((r for guard in GUARDS if (r := guard(program, region, cuts)) is not None), None)
+        try:
+            known, cuts = cuts_of(region)
+        except TooLarge:
+            reason: str | None = f"its output has more than {MOST_ELEMENTS} elements: let lengths vary"
+        else:
+            if all(cut.is_in_order for cut in cuts):
+                continue
+            reason = _reason(program, known, cuts)
+            if reason is None and not program.copy_weights and not _movable(program, cuts):
+                reason = memory_is_read_as_it_was(program, known, [c for c in cuts if not c.is_in_order])
         if reason is not None:
             outcome.misses.append(Miss(RULE, where, linear.name, reason))
             continue
@@ -229,8 +161,8 @@ def run(program: Program) -> Outcome:
         if program.copy_weights:
             _fold_into_weight(program, cuts, linear)
         else:
-            _read_strided(program, cuts, linear)
-        for node in reversed(region[1:]):
+            _read_strided(program, _movable(program, cuts), linear)
+        for node in reversed(known[1:]):
             if not node.users:
                 program.graph.erase_node(node)
         program.drop_unused_weights()

@@ -6,6 +6,9 @@ import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
+# The modes of inference: no gradients, no autocast.
+PLAIN = (False, ())
+
 
 def switches_mode(node: Node) -> bool:
     """Whether a call computes nothing and is there for its effect on the calls after it."""
@@ -15,6 +18,13 @@ def switches_mode(node: Node) -> bool:
 
 def sets_grad_mode(node: Node) -> bool:
     return node.op == "call_function" and node.target is torch._C._set_grad_enabled
+
+
+def grad_enabled_at(node: Node, at_entry: bool) -> bool:
+    """Whether grad mode is on where this node runs."""
+    switches = node.graph.find_nodes(op="call_function", target=torch._C._set_grad_enabled)
+    before = [switch for switch in switches if switch < node]
+    return bool(before[-1].args[0]) if before else at_entry
 
 
 def modes(graph: Graph, grad_enabled: bool) -> dict[Node, Hashable]:

@@ -4,12 +4,14 @@ Before: y = linear(x, W)                        x: one row
 After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.same_input_linears import bias_of, weight_of
@@ -31,9 +33,9 @@ def runs_on_cpu(linear: Node) -> bool:
     return value.device.type == "cpu" and value.dtype in DTYPES
 
 
-def is_inference(program: Program, linear: Node) -> bool:
-    """Autograd would keep the products, which are as large as the weight."""
-    return not program.grad_enabled
+def runs_plainly(mode: Hashable) -> bool:
+    """Without grad mode, which would keep products as large as the weight, and without autocast."""
+    return mode == PLAIN
 
 
 def _replace(program: Program, linear: Node) -> None:
@@ -64,8 +66,9 @@ def _replace(program: Program, linear: Node) -> None:
 def run(program: Program) -> Outcome:
     """Rewrite every linear over one row on a CPU; linears over more rows are no candidates."""
     outcome = Outcome()
+    mode = modes(program.graph, program.grad_enabled)
     for linear in program.calls(ops.LINEAR):
-        if not (has_one_row(linear) and runs_on_cpu(linear) and is_inference(program, linear)):
+        if not (has_one_row(linear) and runs_on_cpu(linear) and runs_plainly(mode[linear])):
             continue
         weight = weight_of(linear)
         name = program.name_of(weight)

@@ -130,6 +130,12 @@ class Program:
         placeholders = (parameter.name,) if fused is None else fused.members
         return tuple(self.weights[name].name for name in placeholders)
 
+    def is_trainable(self, parameter: Node) -> bool:
+        """Whether any parameter that a weight consists of asks for gradients."""
+        fused = self.fused_as(parameter)
+        placeholders = (parameter.name,) if fused is None else fused.members
+        return any(self.weights[name].trainable for name in placeholders)
+
     def permuted(self, parameter: Node, order: Sequence[int]) -> Node:
         """The placeholder of a copy of this weight with its rows in another order."""
         fused = self.fused_as(parameter)
@@ -137,9 +143,16 @@ class Program:
         value = parameter.meta["val"]
         rows = RowMap.identity(own, value.shape[0]) if fused is None else fused.transform.rows
         module, _, leaf = (own if fused is None else fused.transform.target.name).rpartition(".")
-        spec = TensorSpec(f"{module}_permuted.{leaf}", tuple(value.shape), dtype_name(value.dtype))
-        transform = Transform(spec, RowMap.permute("rows", order).compose(rows))
+        rows = RowMap.permute("rows", order).compose(rows)
         placeholders = {p.name: p for p in self.placeholders()}
+        for other in self.fused:
+            if other.transform.rows == rows and not other.shares_memory:
+                return placeholders[other.placeholder]
+        stem = f"{module}_permuted" if module else "permuted"
+        taken = {other.transform.target.name for other in self.fused}
+        names = (f"{stem}{n}.{leaf}" for n in ("", *(f"_{i}" for i in range(2, len(taken) + 3))))
+        name = next(name for name in names if name not in taken)
+        transform = Transform(TensorSpec(name, tuple(value.shape), dtype_name(value.dtype)), rows)
         members = [parameter] if fused is None else [placeholders[name] for name in fused.members]
         return self.add_fused_weight(transform, members, shares_memory=False)
 

@@ -9,13 +9,12 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Node
 
-from fxfuse.passes.modes import modes
+from fxfuse.passes.modes import grad_enabled_at, modes
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.storage_writes import StorageWrites, same_memory, storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, same_memory, storage_of, written_by
 from fxfuse.passes.weights.naming import fused_name
 from fxfuse.patterns import ops
 
@@ -67,7 +66,7 @@ def output_is_written(program: Program, writes: StorageWrites, linear: Node) -> 
 
 
 def weight_is_trained(program: Program, writes: StorageWrites, linear: Node) -> Reason:
-    if not program.grad_enabled:
+    if not grad_enabled_at(linear, program.grad_enabled):
         return None
     trained = [
         program.weights[n.name].name for n in _parameters([linear]) if program.weights[n.name].trainable
@@ -161,21 +160,6 @@ def _where(program: Program, linear: Node) -> str:
     return program.name_of(weight_of(linear)) or module_path(linear) or linear.name
 
 
-def _layout_matters(program: Program) -> set[int | None]:
-    """The storages that leave the graph or are read by strides: there the memory stays laid out as it was."""
-    found = set()
-    for node in program.graph.nodes:
-        if node.op == "output" or _reads_strides(node):
-            found |= {storage_of(value) for value in node.all_input_nodes}
-    return found
-
-
-def _reads_strides(node: Node) -> bool:
-    if isinstance(node.target, OpOverload):
-        return str(node.target) in ops.STRIDE_READERS or node.target.namespace not in ("aten", "fxfuse")
-    return isinstance(node.target, HigherOrderOperator)
-
-
 def _partition(
     program: Program, writes: StorageWrites, linears: Sequence[Node]
 ) -> tuple[list[list[Node]], list[tuple[Node, str]]]:
@@ -243,7 +227,7 @@ def _obstacle(program: Program, group: Sequence[Node]) -> Reason:
 
 def run(program: Program) -> Outcome:
     """Merge every group that may be merged; report every linear that stays, with the node and the reason."""
-    outcome, writes, keep_layout = Outcome(), StorageWrites(program.graph), _layout_matters(program)
+    outcome, writes, keep_layout = Outcome(), StorageWrites(program.graph), layout_matters(program.graph)
     candidates, left = _groups(program, writes)
     for linears in candidates:
         groups, stay = _partition(program, writes, linears)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -89,3 +89,18 @@ class StorageWrites:
             return None
         position = self._writes[storage_of(value)][version - 1]  # type: ignore[index]
         return next(node for node, i in self._position.items() if i == position)
+
+
+def layout_matters(graph: Graph) -> set[int | None]:
+    """The storages that leave the graph or are read by strides: there the memory stays laid out as it was."""
+    found = set()
+    for node in graph.nodes:
+        if node.op == "output" or _reads_strides(node):
+            found |= {storage_of(value) for value in node.all_input_nodes}
+    return found
+
+
+def _reads_strides(node: Node) -> bool:
+    if isinstance(node.target, OpOverload):
+        return str(node.target) in ops.STRIDE_READERS or node.target.namespace not in ("aten", "fxfuse")
+    return isinstance(node.target, HigherOrderOperator)

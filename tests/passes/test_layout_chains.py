@@ -181,3 +181,86 @@ def test_one_regular_block_is_a_view() -> None:
     picked = gather_features(x, _blocks([1, 2, 5, 6, 9, 10]), [3, 2])
     assert torch.equal(picked, x[..., [1, 2, 5, 6, 9, 10]].unflatten(-1, (3, 2)))
     assert picked.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+
+
+class Tail(GroupedProjection):
+    """What follows the cat depends on the length of the sequence."""
+
+    def __init__(self, tail: str) -> None:
+        super().__init__()
+        self.tail = tail
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, z, b, a = self.pieces(x)
+        mixed = torch.cat([t.reshape(*x.shape[:-1], -1) for t in (q, k, v)], dim=-1)
+        length = x.shape[1]
+        if self.tail == "last":
+            mixed = mixed[:, -4:]
+        elif self.tail == "first":
+            mixed = mixed[:, :4]
+        elif self.tail == "all but first":
+            mixed = mixed[:, 1:]
+        elif self.tail == "rolled rows":
+            mixed = torch.cat([mixed[:, 1:], mixed[:, :1]], dim=1)
+        elif self.tail == "rolled features":
+            mixed = torch.cat([mixed[..., length:], mixed[..., :length]], dim=-1)
+        return mixed * 2, z * 3, b + 1, a + 1
+
+
+@pytest.mark.parametrize("weights", ["auto", "copy"])
+@pytest.mark.parametrize("tail", ["last", "first", "all but first", "rolled rows", "rolled features"])
+def test_what_depends_on_the_length_is_right_at_every_length(tail: str, weights: str) -> None:
+    module = integer_like_(Tail(tail), seed=11)
+    result = fxfuse.rewrite(module, (integer_tensor((2, 9, H), seed=1),), weights=weights)
+    for length in (5, 6, 9, 12):
+        x = integer_tensor((2, length, H), seed=length)
+        assert all(torch.equal(a, b) for a, b in zip(result.graph_module(x), module(x), strict=True))
+
+
+class Returns(GroupedProjection):
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, z, b, a = self.pieces(x)
+        mixed = torch.cat([t.reshape(*x.shape[:-1], -1) for t in (q, k, v)], dim=-1)
+        return mixed, z.reshape(*x.shape[:-1], -1), k.contiguous(), b + 1, a + 1
+
+
+@pytest.mark.parametrize("weights", ["auto", "copy"])
+def test_values_that_leave_the_graph_stay_laid_out_as_they_were(weights: str) -> None:
+    module = integer_like_(Returns(), seed=13)
+    result, x = rewritten(module, weights=weights), integer_tensor((2, 5, H), seed=2)
+    ours, theirs = result.graph_module(x), module(x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert a.stride() == b.stride()
+        assert a.untyped_storage().nbytes() == b.untyped_storage().nbytes()
+
+
+def test_gradients_survive_a_copy_that_is_asked_for() -> None:
+    module = GroupedProjection(bias=True)
+    x = torch.randn(2, 5, H)
+    expected = torch.autograd.grad(sum(part.sum() for part in module(x)), module.qkvz.bias)
+    fxfuse.optimize(module, weights="copy", inner="eager")
+    got = torch.autograd.grad(sum(part.sum() for part in module(x)), module.qkvz.bias)
+    assert torch.allclose(got[0], expected[0])
+
+
+def test_a_module_called_twice_shares_its_copy() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = GroupedProjection()
+
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            return (*self.inner(x), *self.inner(x + 1))
+
+    module = integer_like_(Twice(), seed=15)
+    result = rewritten(module, weights="copy")
+    assert matched(result) == 1 and not result.report.misses
+    assert len(result.plan.targets) == 1
+    exact(module, result, (2, 5, H))
+
+
+def test_too_many_elements_to_number_are_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.passes.numbered_features.MOST_ELEMENTS", 10)
+    result = rewritten(GroupedProjection())
+    assert any("let lengths vary" in miss.reason for miss in result.report.misses)

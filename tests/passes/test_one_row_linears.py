@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxfuse
 from fxfuse import Rewritten, rewrite
 from fxfuse.passes import one_row_linears, pipeline
 from fxfuse.passes.program import Program
@@ -157,3 +158,18 @@ def test_a_second_run_finds_nothing() -> None:
     assert len(first[PASS].matches) == 1
     _, second = pipeline.apply(program, pipeline.PASSES)
     assert all(outcome.matches == [] for outcome in second.values())
+
+
+def test_a_linear_under_autocast_keeps_the_dtype_that_autocast_gives_it() -> None:
+    class Cast(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q = torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.q(x) + 1
+
+    module, x = Cast(), torch.randn(1, 8)
+    result = fxfuse.rewrite(module, (x,), passes=["one_row_linears"])
+    assert result.graph_module(x).dtype == module(x).dtype == torch.bfloat16

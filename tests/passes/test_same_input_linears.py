@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxfuse
 from fxfuse import Rewritten, rewrite
 from fxfuse.passes.outcome import Outcome
 from fxfuse.passes.same_input_linears import RULE
@@ -577,3 +578,22 @@ def test_linears_around_an_operator_that_may_write_are_left_alone(rewrite_equal:
         return [first, m.b(x) + y.sum()]
 
     assert linears_of(rewrite_equal(Linears(forward, a=4, b=2), [X])) == 2
+
+
+def test_gradients_asked_for_inside_the_graph_are_there() -> None:
+    class Enables(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return self.q(x) * self.k(x)
+
+    module, x = Enables(), torch.randn(2, 8)
+    fxfuse.optimize(module, inner="eager")
+    with torch.no_grad():
+        y = module(x)
+    assert y.requires_grad
+    y.sum().backward()
+    assert module.q.weight.grad is not None
