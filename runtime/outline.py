@@ -32,26 +32,25 @@ class Piece:
     structure: str
 
 
-def layer_of(node: Node) -> int | None:
-    """The number of the outermost numbered module that a node was traced in; None outside of any."""
+def layer_of(node: Node) -> tuple[str, int] | None:
+    """The outermost numbered module that a node was traced in, as path and number; None outside of any."""
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
         number = re.search(r"(?:\.|\[')_?(\d+)(?:'\]|\.|$)|\[(\d+)\]", path)
         if number:
-            return int(number[1] or number[2])
+            return path[: number.start()], int(number[1] or number[2])
     return None
 
 
 def segments(graph: Graph) -> list[list[Node]]:
-    """The call nodes in runs of one layer each: before the first, the layers, after the last."""
+    """The call nodes in runs of one layer each: before the first, the layers of each stack, after them."""
     calls = [node for node in graph.nodes if node.op in CALLS]
     layers = [layer_of(node) for node in calls]
-    last = max((layer for layer in layers if layer is not None), default=-1)
+    place_of = {layer: i for i, layer in enumerate(dict.fromkeys(x for x in layers if x is not None))}
     runs: list[list[Node]] = [[]]
     current = -1
     for node, layer in zip(calls, layers, strict=True):
-        has_stack = bool(node.meta.get("nn_module_stack"))
-        after = layer is None and has_stack and current == last
-        place = last + 1 if after else current if layer is None else max(current, layer)
+        after = layer is None and node.meta.get("nn_module_stack") and current == len(place_of) - 1
+        place = len(place_of) if after else current if layer is None else max(current, place_of[layer])
         if place != current:
             runs.append([])
             current = place
@@ -159,16 +158,31 @@ def _stitched(
     last_use = {node: i for i, piece in enumerate(pieces) for node in piece.inputs}
     output = graph.find_nodes(op="output")[0]
     kept = set(output.all_input_nodes)
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    lines = [f"def run({', '.join(node.name for node in placeholders)}):"]
+    name = {node: _Name(f"v{i}") for i, node in enumerate(graph.nodes)}
+    constants: dict[str, Any] = {}
+
+    def spelled(value: Any) -> Any:
+        if isinstance(value, Node):
+            return name[value]
+        if isinstance(value, (list, tuple)):
+            items = ", ".join(str(spelled(v)) for v in value)
+            return f"[{items}]" if isinstance(value, list) else f"({items},)" if value else "()"
+        if isinstance(value, dict):
+            return "{" + ", ".join(f"{key!r}: {spelled(v)}" for key, v in value.items()) + "}"
+        constants[f"constant_{len(constants)}"] = value
+        return f"constant_{len(constants) - 1}"
+
+    lines = [f"def run({', '.join(name[node] for node in graph.find_nodes(op='placeholder'))}):"]
     for i, piece in enumerate(pieces):
-        arguments = ", ".join(node.name for node in piece.inputs)
-        targets = ", ".join(node.name for node in piece.outputs)
-        lines.append(f"    {f'{targets}, = ' if targets else ''}call_{i}({arguments})")
-        done = [n.name for n in (*piece.inputs, *piece.outputs) if last_use.get(n, -1) == i and n not in kept]
+        arguments = ", ".join(name[node] for node in piece.inputs)
+        targets = "".join(f"{name[node]}, " for node in piece.outputs)
+        lines.append(f"    {f'{targets}= ' if targets else ''}call_{i}({arguments})")
+        done = [
+            name[n] for n in (*piece.inputs, *piece.outputs) if last_use.get(n, -1) == i and n not in kept
+        ]
         if done:
             lines.append(f"    del {', '.join(done)}")
-    lines.append(f"    return {map_arg(output.args[0], lambda n: _Name(n.name))!r}")
-    scope: dict[str, Any] = {f"call_{i}": call for i, call in enumerate(calls)}
+    lines.append(f"    return {spelled(output.args[0])}")
+    scope: dict[str, Any] = {f"call_{i}": call for i, call in enumerate(calls)} | constants
     exec("\n".join(lines), scope)
     return scope["run"]

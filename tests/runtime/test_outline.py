@@ -131,6 +131,40 @@ def test_a_list_that_would_cross_a_boundary_keeps_the_graph_whole() -> None:
     assert len(compiled) == 1
 
 
+def test_names_and_constants_of_a_graph_cannot_clash_with_the_code_around_it() -> None:
+    def same(x: torch.Tensor) -> list[Any]:
+        return [(x * 2) * 2, float("inf"), torch.float32, None]
+
+    x = torch.randn(2, 3)
+    traced = graph_of(lambda x: (x * 2) * 2, x)
+    [output] = traced.graph.find_nodes(op="output")
+    output.args = ([output.args[0], float("inf"), torch.float32, None],)
+    for i, node in enumerate(traced.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor)):
+        node.name = f"call_{i}"
+    run = outline.outlined(traced, lambda piece, values: piece)
+    ours, theirs = run(x), same(x)
+    assert torch.equal(ours[0], theirs[0]) and ours[1:] == theirs[1:]
+
+
+def test_two_stacks_of_layers_are_cut_one_after_the_other() -> None:
+    def scaled(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(6):
+            x = x * 2
+        return x
+
+    x = torch.randn(2, 3)
+    traced = graph_of(scaled, x)
+    paths = ["visual.blocks.0", "visual.blocks.1", "visual.blocks.2", "layers.0", "layers.1", "norm"]
+    for node, path in zip(
+        traced.graph.find_nodes(op="call_function", target=torch.ops.aten.mul.Tensor), paths, strict=True
+    ):
+        node.meta["nn_module_stack"] = {"": (f"L['self'].{path}", None)}
+    assert [len(run) for run in outline.segments(traced.graph)] == [1] * 6
+    compiled: list[GraphModule] = []
+    assert torch.equal(outline.outlined(traced, compile_counting(compiled))(x), scaled(x))
+    assert len(compiled) == 1
+
+
 @pytest.mark.inductor
 @pytest.mark.slow
 def test_inductor_compiles_four_or_five_pieces_for_eight_layers(
