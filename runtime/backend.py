@@ -196,7 +196,7 @@ def _with_live_weights(
             report.packed_bytes = max(
                 report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
             )
-            report.copied_bytes = weights.copied_bytes
+            report.count_copies(weights.copies)
             if anonymous:
                 _remember(report, args)  # which may be others than those the graph was compiled for
                 if report.packed_bytes:

@@ -81,8 +81,6 @@ _packed_by: Any = WeakTensorKeyDictionary()
 class SharedSlot:
     """One fused input of a compiled graph, filled with memory that its members share."""
 
-    copied_bytes = 0
-
     def __init__(self) -> None:
         self._packed: Packed | None = None
 
@@ -106,31 +104,66 @@ class SharedSlot:
         return found.tensor
 
 
+class Copy:
+    """Rows of some parameters in another order; the first of them holds it, graphs only look at it."""
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
+        self.generation = 0
+        self._state: list[int] = []
+        self._storages: list[StorageWeakRef] = []
+
+    @property
+    def nbytes(self) -> int:
+        return 0 if self.tensor is None else self.tensor.nbytes
+
+    def renew(self, members: Sequence[Tensor], order: Sequence[tuple[int, int, int]]) -> Tensor:
+        """The rows as they are now; the tensor keeps its address where its kind stays."""
+        state = _state(members)
+        if self.tensor is None or state != self._state:
+            rows = torch.cat([members[i].detach()[start:stop] for i, start, stop in order])
+            if self.tensor is None or _kind([self.tensor]) != _kind([rows]):
+                self.tensor = rows
+            else:
+                self.tensor.copy_(rows)  # where a recorded device graph expects it
+            # A storage that somebody refers to, weakly too, never gives its identity to another.
+            self._storages = [StorageWeakRef(m.untyped_storage()) for m in members]
+            self._state = state
+            self.generation += 1
+        return self.tensor
+
+
+def _state(members: Iterable[Tensor]) -> list[int]:
+    """A write that autograd sees moves the version; an exchange moves the storage, or the place in it."""
+    return [mark for m in members for mark in (m.untyped_storage()._cdata, m.data_ptr(), m._version)]
+
+
+_copies: Any = WeakTensorKeyDictionary()
+
+
 class CopiedSlot:
     """One fused input with rows in another order than its members': a copy, renewed when a member changes."""
 
     def __init__(self, fused: FusedWeight, names: Sequence[str]) -> None:
-        self._names = list(names)
-        self._rows = fused.transform.rows
-        self._tensor: Tensor | None = None
+        index = {name: i for i, name in enumerate(names)}
+        self._order = tuple((index[s.source], s.start, s.stop) for s in fused.transform.rows.segments)
+        self._copy: Callable[[], Copy | None] = lambda: None
 
     @property
-    def copied_bytes(self) -> int:
-        return 0 if self._tensor is None else self._tensor.nbytes
+    def copy(self) -> Copy | None:
+        return self._copy()
 
-    @staticmethod
-    def marks(members: Iterable[Tensor]) -> list[int]:
-        """A write that autograd sees moves the version, an exchange moves the pointer."""
-        return [mark for m in members for mark in (m.data_ptr(), m._version)]
+    def marks(self, members: Iterable[Tensor]) -> list[int]:
+        """What changes when a member does, or when another graph has renewed the copy."""
+        copy = self._copy()
+        return [*_state(members), -1 if copy is None else copy.generation]
 
     def fill(self, members: Sequence[Tensor]) -> Callable[[], Tensor | None]:
-        by_name = dict(zip(self._names, members, strict=True))
-        rows = torch.cat([by_name[s.source].detach()[s.start : s.stop] for s in self._rows.segments])
-        if self._tensor is None or _kind([self._tensor]) != _kind([rows]):
-            self._tensor = rows
-        else:
-            self._tensor.copy_(rows)  # where a recorded device graph expects it
-        return lambda: self._tensor
+        held = _copies.setdefault(members[0], {})
+        copy = held.setdefault((self._order, *map(id, members)), Copy())
+        copy.renew(members, self._order)
+        self._copy = found = weakref.ref(copy)
+        return lambda: None if (copy := found()) is None else copy.tensor
 
 
 class LiveWeights:
@@ -170,8 +203,8 @@ class LiveWeights:
             return [tensor() for tensor in getters]
 
     @property
-    def copied_bytes(self) -> int:
-        return sum(slot.copied_bytes for slot, _ in self._slots)
+    def copies(self) -> list[Copy]:
+        return [slot.copy for slot, _ in self._copied if slot.copy is not None]
 
 
 def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -193,7 +226,10 @@ def packed_bytes(parameters: Iterable[Tensor]) -> int:
 
 
 def unpack(parameters: Iterable[Tensor]) -> int:
-    """Give each packed parameter memory of its own again, same object, bits and strides; returns how many."""
+    """Give each packed parameter memory of its own again, same object, bits and strides; returns how many.
+
+    Copies of their rows are dropped, too.
+    """
     count = 0
     with _lock, torch.inference_mode(False), torch.no_grad():
         for parameter in parameters:
@@ -201,6 +237,7 @@ def unpack(parameters: Iterable[Tensor]) -> int:
                 parameter.data = parameter.detach().clone()
                 count += 1
             _packed_by.pop(parameter, None)
+            _copies.pop(parameter, None)
     return count
 
 

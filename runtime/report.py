@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from typing import Any
+from weakref import WeakSet
 
 from rich.console import Console
 from rich.table import Table
@@ -74,6 +75,12 @@ class Report:
     packed_bytes: int = 0
     copied_bytes: int = 0
     versions: dict[str, str] = field(default_factory=versions)
+    _copies: WeakSet[Any] = field(default_factory=WeakSet, repr=False, compare=False)
+
+    def count_copies(self, copies: Iterable[Any]) -> None:
+        """Add copies that a graph reads: one that several read counts once, one that is gone not at all."""
+        self._copies.update(copies)
+        self.copied_bytes = sum(copy.nbytes for copy in self._copies)
 
     @property
     def calls(self) -> int:

@@ -208,20 +208,62 @@ def test_packing_under_inference_mode_leaves_parameters_that_can_be_trained() ->
     assert members[0].grad is not None
 
 
-def test_a_permuted_copy_is_renewed_after_writes_that_autograd_sees() -> None:
-    members = [nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))]
+def pair() -> list[nn.Parameter]:
+    return [nn.Parameter(torch.randn(2, 4)), nn.Parameter(torch.randn(2, 4))]
+
+
+def copied() -> LiveWeights:
     specs = TensorSpec("fused", (4, 4), "F32")
     rows = RowMap.concat([("a", 2), ("b", 2)])
     slot = CopiedSlot(FusedWeight("fused", ("a", "b"), Transform(specs, rows), False), ["a", "b"])
-    live = LiveWeights([slot], [[0, 1]])
+    return LiveWeights([slot], [[0, 1]])
+
+
+def test_a_permuted_copy_is_renewed_after_writes_that_autograd_sees() -> None:
+    members, live = pair(), copied()
     first = fused(live, members)
-    assert torch.equal(first, torch.cat([m.detach() for m in members])) and live.copied_bytes == first.nbytes
+    assert torch.equal(first, torch.cat([m.detach() for m in members]))
+    assert [copy.nbytes for copy in live.copies] == [first.nbytes]
     address = first.data_ptr()
     with torch.no_grad():
         members[0].fill_(3)
     members[1].data = torch.full_like(members[1], 4)
     again = fused(live, members)
     assert torch.equal(again, torch.cat([m.detach() for m in members])) and again.data_ptr() == address
+
+
+def test_a_permuted_copy_is_renewed_when_the_allocator_gives_an_old_address_again() -> None:
+    members, live = pair(), copied()
+    fused(live, members)
+    for i in range(20):
+        for _ in range(2):  # the second may lie where the one before the first did
+            members[1].data = torch.full_like(members[1], torch.rand(()))
+        assert torch.equal(fused(live, members), torch.cat([m.detach() for m in members])), i
+
+
+def test_a_permuted_copy_is_shared_by_graphs_and_never_stale_in_one_of_them() -> None:
+    members, first, second = pair(), copied(), copied()
+    whole = fused(first, members)
+    assert fused(second, members) is whole and first.copies == second.copies
+    values = members[0].data
+    members[0].data = torch.randn_like(values)
+    assert torch.equal(fused(second, members), torch.cat([m.detach() for m in members]))
+    members[0].data = values  # as the first graph knows it, but the copy has been renewed since
+    assert torch.equal(fused(first, members), torch.cat([m.detach() for m in members]))
+
+
+@pytest.mark.parametrize("how", ["unpack", "forget"])
+def test_a_permuted_copy_is_freed_with_its_members(how: str) -> None:
+    members, live = pair(), copied()
+    held = weakref.ref(fused(live, members))
+    if how == "unpack":
+        live_weights.unpack(members)
+    else:
+        members.clear()
+    gc.collect()
+    assert held() is None and live.copies == []
+    if members:
+        assert torch.equal(fused(live, members), torch.cat([m.detach() for m in members]))
 
 
 def test_refusals_name_what_makes_a_weight_immovable() -> None:

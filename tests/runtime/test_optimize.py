@@ -452,6 +452,28 @@ def test_verify_keeps_the_original_where_the_compiled_graph_differs(
     assert report_of(model).calls == (2 if good else 1)
 
 
+class Blocks(nn.Module):
+    """Heads split and put together in another order: a permutation that folds into a copy of the weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.p = nn.Linear(8, 24, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k = self.p(x).reshape(*x.shape[:2], 2, 12).split([4, 8], -1)
+        return torch.cat([q.flatten(2), k.flatten(2)], -1).sin()
+
+
+def test_a_copy_counts_once_for_all_graphs_and_is_gone_with_deoptimize(x: Tensor) -> None:
+    model = fxfuse.optimize(Blocks(), inner="eager", weights="copy", dynamic=False)
+    for length in (5, 4, 3):
+        run(model, x[:, :length])
+    report = report_of(model)
+    assert len(report.graphs) == 3 and report.copied_bytes == model.p.weight.nbytes
+    fxfuse.deoptimize(model)
+    assert not list(report._copies)
+
+
 # Many models, no leftovers.
 
 
