@@ -3,6 +3,7 @@
 import logging
 import re
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -25,6 +26,11 @@ from fxfuse.runtime.report import GraphRecord, Report
 from fxfuse.runtime.verify import verified
 
 log = logging.getLogger("fxfuse")
+
+ALIASED = (
+    "tensors taken from the parameters before the first call, such as a state dict, no longer share their "
+    "memory: writing to one does not change the model"
+)
 
 
 @dataclass
@@ -176,18 +182,30 @@ def _with_live_weights(
         else live_weights.CopiedSlot(fused, [program.weights[m].name for m in fused.members])
         for fused in program.fused
     ]
-    weights = live_weights.LiveWeights(slots, [[position[m] for m in f.members] for f in program.fused])
+    named = {position[placeholder]: weight.name for placeholder, weight in program.weights.items()}
+    model = weakref.ref(session.model) if session.model is not None else lambda: None
+
+    def refused(args: Sequence[Any]) -> dict[int, str]:
+        found = refusals_of(model(), {name: args[i] for i, name in named.items()})
+        return {i: f"{name}: {found[name]}" for i, name in named.items() if name in found}
+
+    weights = live_weights.LiveWeights(
+        slots, [[position[m] for m in f.members] for f in program.fused], refused, list(named)
+    )
     members = {position[m] for f in program.fused if f.shares_memory for m in f.members}
     # Dynamo keeps compiled calls for as long as the code of a model's class: they may not hold the model.
     report, anonymous = session.report, session.anonymous
 
     def call(*args: Any) -> Any:
+        aliased = weights.packs == 0 and any(live_weights.has_aliases(args[i]) for i in members)
         try:
             tensors = weights.fused(args)
         except Exception as error:
             if original is None:
                 raise
-            if report.note(reason := f"a graph runs as it was, because packing failed: {_summary(error)}"):
+            refusal = isinstance(error, live_weights.Refused)
+            why = str(error) if refusal else f"packing failed: {_summary(error)}"
+            if report.note(reason := f"a graph runs as it was, because {why}"):
                 log.warning("%s", reason)
             return original(*args)
         record.calls += 1
@@ -197,6 +215,8 @@ def _with_live_weights(
                 report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
             )
             report.count_copies(weights.copies)
+            if aliased:
+                report.note(ALIASED)
             if anonymous:
                 _remember(report, args)  # which may be others than those the graph was compiled for
                 if report.packed_bytes:

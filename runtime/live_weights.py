@@ -9,7 +9,8 @@ pointer; the caller of a compiled graph compares the pointers and packs again.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from operator import itemgetter
 from threading import RLock
 from typing import Any
@@ -19,9 +20,18 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from fxfuse.errors import UnsupportedModelError
 from fxfuse.passes.program import FusedWeight
 
 _lock = RLock()
+
+# How often a graph may take weights away from another graph's packing before it runs as it was.
+MOST_TAKEN = 3
+TAKEN = "another graph packs {} in another group: memory is laid out one way only"
+
+
+class Refused(UnsupportedModelError):
+    """Weights that may not be packed, or not any more."""
 
 
 class Packed:
@@ -83,6 +93,7 @@ class SharedSlot:
 
     def __init__(self) -> None:
         self._packed: Packed | None = None
+        self.taken = 0
 
     @staticmethod
     def marks(members: Iterable[Tensor]) -> list[int]:
@@ -91,17 +102,39 @@ class SharedSlot:
 
     def fill(self, members: Sequence[Tensor]) -> Callable[[], Tensor | None]:
         """Gets the fused weight; packs the members, in this order, where they are not packed so already."""
-        owners = (_packed_by.get(m) for m in members)
-        found = next((owner for owner in owners if owner is not None and owner.holds(members)), None)
+        found = self.found(members)
         if found is None:
+            self.taken += any(is_packed(m) and _packed_by[m] is not self._packed for m in members)
             found, tensor = self._packed, None
             if found is not None and found.fits(members) and found.may_overwrite(members):
                 tensor = found.tensor()
             if found is None or tensor is None:
                 found, tensor = Packed.empty(members)
-            found.take(members, tensor)
+            try:
+                found.take(members, tensor)
+            except Exception:
+                with suppress(
+                    Exception
+                ):  # there may be no memory for that either, and what is packed is right
+                    unpack(members)
+                raise
         self._packed = found
         return found.tensor
+
+    def found(self, members: Sequence[Tensor]) -> Packed | None:
+        """Where these members lie packed in this order."""
+        owners = (_packed_by.get(m) for m in members)
+        return next((owner for owner in owners if owner is not None and owner.holds(members)), None)
+
+    def refusal(self, members: Sequence[Tensor], reasons: Sequence[str | None]) -> str | None:
+        """Why these members may not be packed now, though they could when the graph was compiled."""
+        if self.found(members) is not None:
+            return None
+        if self.taken >= MOST_TAKEN:
+            other = next((i for i, m in enumerate(members) if is_packed(m)), None)
+            if other is not None and _packed_by[members[other]] is not self._packed:
+                return TAKEN.format("some of its weights")
+        return next(filter(None, reasons), None)
 
 
 class Copy:
@@ -169,12 +202,22 @@ class CopiedSlot:
 class LiveWeights:
     """The fused inputs of one compiled graph: filled at the first call, compared at every call."""
 
-    def __init__(self, slots: Sequence[SharedSlot | CopiedSlot], positions: Sequence[Sequence[int]]) -> None:
+    def __init__(
+        self,
+        slots: Sequence[SharedSlot | CopiedSlot],
+        positions: Sequence[Sequence[int]],
+        refused: Callable[[Sequence[Any]], Mapping[int, str]] = lambda args: {},
+        watched: Sequence[int] = (),
+    ) -> None:
+        """`refused` says which arguments may not be moved; asked again when one of `watched` has moved."""
         self._slots = list(zip(slots, map(_getter, positions), strict=True))
         self._shared = _getter(
             [i for slot, at in zip(slots, positions, strict=True) if isinstance(slot, SharedSlot) for i in at]
         )
         self._copied = [(slot, members) for slot, members in self._slots if isinstance(slot, CopiedSlot)]
+        self._refused, self._refusal = refused, ([0], "")
+        self._watched = _getter(watched or [i for at in positions for i in at])
+        self._positions = list(positions)
         self._filled: tuple[list[int], list[Callable[[], Tensor | None]]] | None = None
         self.packs = 0
 
@@ -197,10 +240,26 @@ class LiveWeights:
 
     def _fill(self, args: Sequence[Any]) -> list[Tensor | None]:
         with _lock, torch.inference_mode(False), torch.no_grad():
+            self._raise_on_refusal(args)
             getters = [slot.fill(members(args)) for slot, members in self._slots]
             self._filled = (self._marks(args), getters)
             self.packs += 1
             return [tensor() for tensor in getters]
+
+    def _raise_on_refusal(self, args: Sequence[Any]) -> None:
+        """Packing would cut a link that somebody has made since the graph was compiled."""
+        watched = [t.data_ptr() for t in self._watched(args)]
+        if self._refusal[0] == watched:
+            raise Refused(self._refusal[1])
+        refused = self._refused(args)
+        for (slot, members), at in zip(self._slots, self._positions, strict=True):
+            if isinstance(slot, SharedSlot):
+                reason = slot.refusal(members(args), [refused.get(i) for i in at])
+                slot.taken = 0 if reason is not None else slot.taken
+                if reason is not None:
+                    self._refusal = (watched, reason)
+                    raise Refused(reason)
+        self._refusal = ([0], "")
 
     @property
     def copies(self) -> list[Copy]:
@@ -239,6 +298,15 @@ def unpack(parameters: Iterable[Tensor]) -> int:
             _packed_by.pop(parameter, None)
             _copies.pop(parameter, None)
     return count
+
+
+def has_aliases(parameter: Tensor) -> bool:
+    """Whether another tensor reads the parameter's memory; False where torch cannot say, and for numpy."""
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None or parameter.is_meta:
+        return False
+    alone = torch.empty(1)
+    return bool(count(parameter.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
 
 
 def refusals(tensors: dict[str, nn.Parameter]) -> dict[str, str]:

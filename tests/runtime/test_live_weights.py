@@ -168,6 +168,40 @@ def test_equal_addresses_in_memory_that_was_given_back_are_not_taken_for_the_pac
     assert torch.equal(fused(live, members), torch.cat([m.detach() for m in members]))
 
 
+def test_a_packing_that_fails_half_way_gives_back_what_it_took(monkeypatch: pytest.MonkeyPatch) -> None:
+    members = parameters()
+    before, live = [m.detach().clone() for m in members], shared(members)
+    from_dlpack, calls = torch.from_dlpack, []
+
+    def fails(part: Tensor) -> Tensor:
+        calls.append(part)
+        if len(calls) == 2:
+            raise MemoryError
+        return from_dlpack(part)
+
+    monkeypatch.setattr(torch, "from_dlpack", fails)
+    with pytest.raises(MemoryError):
+        fused(live, members)
+    assert not any(map(live_weights.is_packed, members)) and all(map(own_storage, members))
+    assert all(torch.equal(m, value) for m, value in zip(members, before, strict=True))
+    assert torch.equal(fused(live, members), torch.cat(before))
+
+
+def test_of_two_groups_over_one_weight_the_later_gives_up_after_a_few_times() -> None:
+    q, k, v = (nn.Parameter(torch.randn(2, 4)) for _ in range(3))
+    first, second = shared([q, k]), shared([q, v])
+    refused = 0
+    for _ in range(10):
+        assert torch.equal(fused(first, [q, k]), torch.cat([q.detach(), k.detach()]))
+        try:
+            assert torch.equal(fused(second, [q, v]), torch.cat([q.detach(), v.detach()]))
+        except live_weights.Refused:
+            refused += 1
+    assert (first.packs, second.packs, refused) == (4, 3, 7)
+    live_weights.unpack([q, k, v])
+    assert torch.equal(fused(second, [q, v]), torch.cat([q.detach(), v.detach()]))
+
+
 @pytest.mark.parametrize("how", ["dtype", "unpack", "forget"])
 def test_packed_memory_is_freed_when_its_members_leave(how: str) -> None:
     members = parameters()

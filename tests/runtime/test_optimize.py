@@ -452,6 +452,72 @@ def test_verify_keeps_the_original_where_the_compiled_graph_differs(
     assert report_of(model).calls == (2 if good else 1)
 
 
+def _slice_again(model: Gated) -> list[Tensor]:
+    whole = torch.randn(32, 8)
+    model.up.weight.data = whole[:16]
+    return [whole]
+
+
+def _share_again(model: Gated) -> list[Tensor]:
+    model.share_memory()
+    return []
+
+
+def _tie_again(model: Gated) -> list[Tensor]:
+    model.up.weight.data = model.gate.weight.data
+    return [model.gate.weight]
+
+
+@pytest.mark.parametrize("spoil", [_slice_again, _share_again, _tie_again])
+def test_a_weight_that_becomes_immovable_later_is_not_packed_again_until_it_may(
+    spoil: Callable[[Gated], list[Tensor]], x: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = fxfuse.optimize(Gated(), inner="eager")
+    run(model, x)
+    others = spoil(model)
+    with torch.no_grad():
+        for _ in range(3):
+            pointers = [p.data_ptr() for p in model.parameters()]
+            assert torch.equal(model(x), model.forward(x))
+            assert [p.data_ptr() for p in model.parameters()] == pointers
+            for other in others:
+                other.mul_(2)
+    assert others or model.up.weight.is_shared()
+    assert report_of(model).calls == 1 and len(report_of(model).notes) == 1
+    assert caplog.text.count("runs as it was, because") == 1
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    torch.testing.assert_close(run(model, x), model.forward(x))
+    assert live_weights.packed_bytes(model.parameters()) > 0
+
+
+@pytest.mark.parametrize("taken", [True, False])
+def test_the_report_says_so_where_tensors_taken_before_lose_their_link(taken: bool, x: Tensor) -> None:
+    model = Gated()
+    state = model.state_dict() if taken else None
+    run(fxfuse.optimize(model, inner="eager"), x)
+    assert any("no longer share" in note for note in report_of(model).notes) is taken
+    assert (state is not None) is taken and live_weights.packed_bytes(model.parameters()) > 0
+
+
+def test_two_graphs_that_want_one_weight_do_not_pack_at_every_call(x: Tensor) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(8, 8, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.q(x) + self.k(x)
+            torch._dynamo.graph_break()
+            return y * (self.q(x) + self.v(x))
+
+    model = fxfuse.optimize(Broken(), inner="eager")
+    for _ in range(10):
+        torch.testing.assert_close(run(model, x), model.forward(x).detach())
+    assert sum(g.packs for g in report_of(model).graphs) < 10
+    assert any("another graph packs" in note for note in report_of(model).notes)
+
+
 class Blocks(nn.Module):
     """Heads split and put together in another order: a permutation that folds into a copy of the weight."""
 
