@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fxfuse.passes.weights import WeightPlan
     from fxfuse.runtime.convert import convert
     from fxfuse.runtime.explain import explain
+    from fxfuse.runtime.load import load_state_dict
     from fxfuse.runtime.optimize import deoptimize, optimize, optimized
     from fxfuse.runtime.plan import plan
     from fxfuse.runtime.report import Report
@@ -39,6 +40,7 @@ _HOMES = {
     "convert": "fxfuse.runtime.convert",
     "deoptimize": "fxfuse.runtime.optimize",
     "explain": "fxfuse.runtime.explain",
+    "load_state_dict": "fxfuse.runtime.load",
     "optimize": "fxfuse.runtime.optimize",
     "optimized": "fxfuse.runtime.optimize",
     "plan": "fxfuse.runtime.plan",
@@ -58,6 +60,7 @@ __all__ = [
     "convert",
     "deoptimize",
     "explain",
+    "load_state_dict",
     "optimize",
     "optimized",
     "plan",
