@@ -4,9 +4,11 @@ import logging
 import re
 import time
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -127,7 +129,15 @@ def _program(graph_module: GraphModule, inputs: list[Any], options: Options, ses
         for node, value in zip(capture.placeholders(traced), inputs, strict=True)
         if isinstance(value, nn.Parameter)
     }
-    names = dict(zip([n.name for n in capture.placeholders(traced)], map(_dotted_name, nodes), strict=True))
+    known = {} if session.model is None else {id(p): name for name, p in session.model.named_parameters()}
+    names = _unique_names(
+        {
+            new.name: known.get(id(value)) or old
+            for new, old, value in zip(capture.placeholders(traced), nodes, inputs, strict=True)
+            if new.name in parameters
+        },
+        taken=known.values(),
+    )
     refused = session.refusals
     if refused is None:
         refused = refusals_of(session.model, {names[p]: value for p, value in parameters.items()})
@@ -143,13 +153,41 @@ def _program(graph_module: GraphModule, inputs: list[Any], options: Options, ses
     )
 
 
-def _dotted_name(placeholder: Node) -> str:
-    """`L['self']._modules['mlp']._parameters['weight']` to `mlp.weight`: the name in the state dict."""
+def _unique_names(given: Mapping[str, str | Node], taken: Iterable[str]) -> dict[str, str]:
+    """A name for each placeholder: the one it has in the model, or else one from its source that is free."""
+    names = {key: name for key, name in given.items() if isinstance(name, str)}
+    unnamed = {key: node for key, node in given.items() if not isinstance(node, str)}
+    short = {key: _dotted_name(node) for key, node in unnamed.items()}
+    used = {*names.values(), *taken}
+    often = Counter([*used, *short.values()])
+    for key, node in unnamed.items():
+        name = wanted = short[key] if often[short[key]] == 1 else _dotted_source(node)
+        for number in count(2):
+            if name not in used:
+                break
+            path, _, leaf = wanted.rpartition(".")
+            name = f"{path}_{number}.{leaf}" if path else f"{wanted}_{number}"
+        names[key] = name
+        used.add(name)
+    return names
+
+
+def _source(placeholder: Node) -> str:
     source = getattr(placeholder, "_dynamo_source", None)
     text = source.name if source is not None else placeholder.name
-    text = text() if callable(text) else text
-    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", text)
+    return str(text() if callable(text) else text)
+
+
+def _dotted_name(placeholder: Node) -> str:
+    """`L['self']._modules['mlp']._parameters['weight']` to `mlp.weight`: the name in the state dict."""
+    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", _source(placeholder))
     return ".".join(part for part in parts if part != "_orig_mod") or placeholder.name
+
+
+def _dotted_source(placeholder: Node) -> str:
+    """`L['self'].mods[0]._modules['q']._parameters['weight']` to `mods.0.q.weight`: all of it."""
+    ignored = {"L", "G", "self", "_modules", "_parameters", "_orig_mod", "__closure__", "cell_contents"}
+    return ".".join(part for part in re.findall(r"\w+", _source(placeholder)) if part not in ignored)
 
 
 def refusals_of(
@@ -186,8 +224,11 @@ def _with_live_weights(
     model = weakref.ref(session.model) if session.model is not None else lambda: None
 
     def refused(args: Sequence[Any]) -> dict[int, str]:
-        found = refusals_of(model(), {name: args[i] for i, name in named.items()})
-        return {i: f"{name}: {found[name]}" for i, name in named.items() if name in found}
+        root = model()  # one graph may serve several of its modules, so that names are those of the call
+        known = {} if root is None else {id(p): name for name, p in root.named_parameters()}
+        names = {i: known.get(id(args[i])) or f"{name} ({i})" for i, name in named.items()}
+        found = refusals_of(root, {name: args[i] for i, name in names.items()})
+        return {i: f"{name}: {found[name]}" for i, name in names.items() if name in found}
 
     weights = live_weights.LiveWeights(
         slots, [[position[m] for m in f.members] for f in program.fused], refused, list(named)

@@ -42,9 +42,9 @@ def explain(
     options = Options.of({"passes": passes, "weights": weights, "inner": inner, "strict": strict})
     leaves.install()
     report = Report()
-    session = backend.Session(report, model, dry_run=True, refusals=backend.refusals_of(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_memory(model, mode)
+    session = backend.Session(report, twin, dry_run=True, refusals=backend.refusals_of(model))
     run = torch.compile(
         twin, backend=backend.backend, options=options.given(), dynamic=False, **compile_limits()
     )

@@ -248,6 +248,8 @@ class LiveWeights:
 
     def _raise_on_refusal(self, args: Sequence[Any]) -> None:
         """Packing would cut a link that somebody has made since the graph was compiled."""
+        if all(slot.found(at(args)) for slot, at in self._slots if isinstance(slot, SharedSlot)):
+            return  # one graph may serve several modules, each packed long ago
         watched = [t.data_ptr() for t in self._watched(args)]
         if self._refusal[0] == watched:
             raise Refused(self._refusal[1])

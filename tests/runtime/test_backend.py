@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.runtime import live_weights
@@ -102,6 +102,78 @@ def test_it_is_never_stale_either(
     assert torch.equal(got[0], got[2]) and not torch.equal(got[0], got[1])
     report = report_of(model.parameters())
     assert report is not None and report.calls >= 1 and report.matched == 2
+
+
+# Names.
+
+
+class Product(nn.Module):
+    """Two linears over one input, with a graph break where asked for."""
+
+    def __init__(self, broken: bool = False) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.broken = broken
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.q(x) * self.k(x)
+        if self.broken:
+            torch._dynamo.graph_break()
+        return y + x
+
+
+def test_a_graph_break_in_a_submodule_leaves_names_and_fusion_as_they_are() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Product(broken=True) for _ in range(2)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, x = fxfuse.optimize(Root(), inner="eager"), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.forward(x))
+    report = fxfuse.runtime.optimize.optimization_report(model)
+    assert report is not None and not report.misses
+    assert [(row.where, row.matched) for row in report.rows] == [("layers.0.q_k", 1)]  # serves both layers
+    assert live_weights.packed_bytes(model.parameters()) == sum(p.nbytes for p in model.parameters())
+    assert not report.notes
+
+
+def test_two_modules_in_one_function_have_names_of_their_own() -> None:
+    a, b, x = Product(), Product(), torch.randn(1, 5, 8)
+
+    def both(x: Tensor) -> Tensor:
+        return a(x) + b(x)
+
+    compiled = torch.compile(both, backend="fxfuse", options={"inner": "eager", "strict": True})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), both(x))
+    report = report_of(a.parameters())
+    assert report is not None and report.matched == 1 and report.calls == 1
+    assert report.rows[0].where == "a_q_a_k_b_q_b_k"
+
+
+def test_modules_in_a_python_list_have_names_of_their_own() -> None:
+    class Hidden(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mods, self.q = [Product(), Product()], nn.Linear(8, 8, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for each in self.mods:
+                x = each(x)
+            return self.q(x)
+
+    model, x = fxfuse.optimize(Hidden(), inner="eager"), torch.randn(1, 5, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), model.forward(x))
+    report = fxfuse.runtime.optimize.optimization_report(model)
+    assert report is not None and not report.notes
+    assert [(row.where, row.matched) for row in report.rows] == [("mods.{0..1}.q_k", 2)]
 
 
 # Gradients.
