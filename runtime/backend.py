@@ -71,6 +71,7 @@ def backend(
         if chosen.strict:
             raise
         reason = f"a graph runs as it was, because compiling it failed: {_summary(error)}"
+        session.report.failures += 1
         session.report.note(reason)
         log.warning(reason, exc_info=log.isEnabledFor(logging.DEBUG))
         return graph_module.forward

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
@@ -36,6 +37,7 @@ class State:
     dynamic: bool | None
     report: Report
     call_before: Callable[..., Any] | None
+    entry: Callable[[], Callable[..., Any] | None] = lambda: None  # weak: the entry holds the model
 
 
 _states: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()
@@ -61,7 +63,8 @@ def optimize(
     is torch.compile's, where None lets lengths vary from the first graph on.
 
     Raises OptionError for an unknown option, pass or value, UnsupportedModelError under strict where anything
-    would be left alone; the model is then as it was.
+    would be left alone; the model is then as it was. What is no language model (its forward takes no
+    `input_ids`) cannot be asked before: there the first call raises.
     """
     options = Options.of(
         {
@@ -82,7 +85,7 @@ def optimize(
     state = _states.get(model) if is_optimized(model) else None
     if state is not None and (state.options, state.dynamic) == (options, dynamic):
         return model
-    if strict:
+    if strict and "input_ids" in inspect.signature(model.forward).parameters:
         from fxfuse.runtime.explain import explain  # which needs this module
 
         explain(model, passes=passes, weights=weights, inner=inner, strict=True)
@@ -99,15 +102,14 @@ def optimize(
     compiled = model._compiled_call_impl
     assert compiled is not None
     session = backend.Session(state.report, model)
-    model._compiled_call_impl = _entry(compiled, session, mark_lengths=dynamic is None)
+    model._compiled_call_impl = entry = _entry(compiled, session, mark_lengths=dynamic is None)
+    state.entry = ref(entry)
     _states[model] = state
     return model
 
 
 def compile_limits() -> dict[str, Any]:
     """Keywords of torch.compile that keep one model's graphs apart from another's."""
-    import inspect
-
     known = inspect.signature(torch.compile).parameters
     if "isolate_recompiles" in known and "recompile_limit" in known:
         return {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
@@ -130,7 +132,8 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
             raise own from None
         finally:
             backend.current_session.reset(token)
-        if not session.report.graphs and session.report.note(NOTHING_CAPTURED):
+        nothing = not session.report.graphs and not session.report.failures
+        if nothing and session.report.note(NOTHING_CAPTURED):
             log.warning(NOTHING_CAPTURED)
         return result
 
@@ -179,16 +182,20 @@ def _is_mark(attribute: str) -> bool:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether the model's call is ours now; a copy of an optimised model is a plain model."""
-    return model in _states and model._compiled_call_impl is not None
+    state = _states.get(model)
+    call = model._compiled_call_impl
+    return state is not None and call is not None and call is state.entry()
 
 
 def deoptimize(model: nn.Module) -> nn.Module:
     """Undo optimize(), and any packing of torch.compile(model, backend="fxfuse"); returns the same model.
 
     The original forward, the same Parameter objects with their bits and strides, each in memory of its own.
+    A call that the caller has compiled since stays.
     """
+    ours = is_optimized(model)
     state = _states.pop(model, None)
-    if state is not None:
+    if state is not None and ours:
         model._compiled_call_impl = state.call_before
     live_weights.unpack(model.parameters())
     return model

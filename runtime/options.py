@@ -46,7 +46,10 @@ class Options:
         if not isinstance(self.passes, str):
             if not isinstance(self.passes, Sequence) or not all(isinstance(p, str) for p in self.passes):
                 raise OptionError(f"passes={self.passes!r}: give 'default' or a sequence of names")
-            object.__setattr__(self, "passes", tuple(self.passes))
+            chosen = tuple(self.passes)
+            object.__setattr__(self, "passes", "default" if chosen == ("default",) else chosen)
+        if self.mode not in (None, "default") and self.inner != "inductor":
+            raise OptionError(f"mode={self.mode!r} is for inner='inductor', not inner={self.inner!r}")
         pipeline.selected(self.passes, self.inner)
 
     @classmethod

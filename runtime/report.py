@@ -68,6 +68,7 @@ class Report:
         graphs: one record for each compiled graph, in the order of compilation.
         notes: what the user should know, in words.
         packed_bytes, copied_bytes: what parameters share with fused weights, and what copies take on top.
+        failures: graphs that run as they were because compiling them failed.
     """
 
     graphs: list[GraphRecord] = field(default_factory=list)
@@ -75,6 +76,7 @@ class Report:
     packed_bytes: int = 0
     copied_bytes: int = 0
     versions: dict[str, str] = field(default_factory=versions)
+    failures: int = 0
     _copies: WeakSet[Any] = field(default_factory=WeakSet, repr=False, compare=False)
 
     def count_copies(self, copies: Iterable[Any]) -> None:

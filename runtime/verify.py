@@ -1,6 +1,8 @@
 """verify=True: the original graph runs once beside the compiled one, on the first real inputs.
 
-It finds a wrong layout or a lost write, not a rounding: for those there is fxfuse.testing.
+Both draw random numbers from the same state. Inductor has a generator of its own, so that a graph with active
+dropout counts as different there. A wrong layout or a lost write is found, not a rounding: for those there is
+fxfuse.testing.
 """
 
 import logging
@@ -32,9 +34,11 @@ def relative_error(candidate: torch.Tensor, reference: torch.Tensor) -> float:
 
 def _worst(candidate: Any, reference: Any) -> float:
     """The largest error over all tensors, in units of what their dtype may differ by."""
-    pairs = zip(tree_leaves(candidate), tree_leaves(reference), strict=True)
+    leaves = tree_leaves(candidate), tree_leaves(reference)
+    if len(leaves[0]) != len(leaves[1]):
+        return float("inf")
     errors = [0.0]
-    for ours, theirs in pairs:
+    for ours, theirs in zip(*leaves, strict=True):
         if isinstance(theirs, torch.Tensor):
             floating = theirs.is_floating_point()
             allowed = ROUNDINGS * max(torch.finfo(theirs.dtype).eps, 1e-5) if floating else 1.0
@@ -60,7 +64,10 @@ def verified(
         ours = [
             a.clone() if isinstance(a, torch.Tensor) and not isinstance(a, nn.Parameter) else a for a in args
         ]
-        expected, got = original(*args), call(*ours)
+        devices = {a.device.index or 0 for a in args if isinstance(a, torch.Tensor) and a.is_cuda}
+        with torch.random.fork_rng(sorted(devices)):
+            expected = original(*args)
+        got = call(*ours)  # draws the same random numbers, such as those of a dropout
         error = _worst((got, ours), (expected, list(args)))
         verdict = error <= 1.0
         if not verdict:

@@ -12,6 +12,7 @@ from transformers import DynamicCache, StaticCache
 import fxfuse
 from fxfuse.errors import OptionError, UnsupportedModelError
 from fxfuse.runtime import live_weights
+from fxfuse.runtime.optimize import is_optimized
 
 Make = Callable[..., Any]
 
@@ -151,6 +152,32 @@ def test_a_compiled_call_of_before_comes_back(x: Tensor) -> None:
     assert model._compiled_call_impl is own
 
 
+def test_a_call_that_the_caller_compiles_since_is_not_taken_for_ours(x: Tensor) -> None:
+    model = fxfuse.optimize(Gated(), inner="eager")
+    model.compile(backend="eager")
+    theirs = model._compiled_call_impl
+    assert not is_optimized(model)
+    fxfuse.optimize(model, inner="eager")
+    assert is_optimized(model) and model._compiled_call_impl is not theirs
+    run(model, x)
+    assert report_of(model).calls == 1
+    fxfuse.deoptimize(model)
+    assert model._compiled_call_impl is theirs and not is_optimized(model)
+    fxfuse.optimize(model, inner="eager")
+    model.compile(backend="eager")
+    theirs = model._compiled_call_impl
+    fxfuse.deoptimize(model)
+    assert model._compiled_call_impl is theirs
+
+
+def test_a_list_of_default_alone_is_the_default(x: Tensor) -> None:
+    model = fxfuse.optimize(Gated(), inner="eager", passes=["default"])
+    entry = model._compiled_call_impl
+    assert fxfuse.optimize(model, inner="eager")._compiled_call_impl is entry
+    run(model, x)
+    assert report_of(model).matched == 1
+
+
 # Bad use.
 
 
@@ -166,6 +193,7 @@ def test_a_compiled_call_of_before_comes_back(x: Tensor) -> None:
         ({"mode": "fastest"}, ["'fastest'", "'reduce-overhead'"]),
         ({"strict": "yes"}, ["'yes'", "True"]),
         ({"report": "html"}, ["'html'", "'off'"]),
+        ({"mode": "max-autotune", "inner": "eager"}, ["'max-autotune'", "inner='inductor'", "'eager'"]),
         ({"dynamic": "maybe"}, ["'maybe'", "None"]),
         ({"fuse_everything": True}, ["'fuse_everything'", "passes", "weights", "inner"]),
     ],
@@ -185,8 +213,8 @@ def test_a_failed_call_leaves_an_optimised_model_optimised(x: Tensor) -> None:
     entry = model._compiled_call_impl
     with pytest.raises(OptionError):
         fxfuse.optimize(model, inner="nvfuser")
-    with pytest.raises(UnsupportedModelError):
-        fxfuse.optimize(model, inner="eager", strict=True)  # no language model: it cannot be asked before
+    with pytest.raises(OptionError):
+        fxfuse.optimize(model, inner="eager", passes=["nothing"], strict=True)
     assert model._compiled_call_impl is entry and live_weights.packed_bytes(model.parameters()) > 0
     run(model, x)
 
@@ -216,6 +244,15 @@ def test_strict_raises_our_own_error_at_a_call_that_the_dry_run_did_not_foresee(
     run(model, prompt)
     with pytest.raises(UnsupportedModelError, match="grad mode is on"):
         model(prompt)
+
+
+def test_strict_asks_what_is_no_language_model_at_its_first_call(x: Tensor) -> None:
+    run(fxfuse.optimize(Gated(), inner="eager", strict=True), x)
+    model = Gated()
+    model.up.register_forward_hook(lambda module, args, out: out * 2)
+    fxfuse.optimize(model, inner="eager", strict=True)
+    with pytest.raises(UnsupportedModelError, match="forward hook"), torch.no_grad():
+        model(x)
 
 
 class Chain(nn.Module):
@@ -425,6 +462,34 @@ def test_an_inner_compiler_that_fails_leaves_the_original_computation(
         assert torch.equal(model(x), plain(x))
     assert "internal compiler error" in caplog.text and "internal compiler error" in str(report_of(model))
     assert report_of(model).matched == 0 and live_weights.packed_bytes(model.parameters()) == 0
+    assert "captured no graph" not in caplog.text and len(report_of(model).notes) == 1
+
+
+def test_verify_draws_the_same_random_numbers_for_both(x: Tensor) -> None:
+    class Dropping(Gated):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.nn.functional.dropout(super().forward(x), 0.5, training=True)
+
+    model = fxfuse.optimize(Dropping(), inner="eager", verify=True)
+    run(model, x)
+    run(model, x)
+    assert not report_of(model).notes and report_of(model).calls == 2
+
+
+def test_verify_takes_another_number_of_outputs_for_a_difference(
+    x: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxfuse.runtime import inner
+
+    compile_graph = inner.compile_graph
+    monkeypatch.setattr(inner, "compile_graph", lambda *a: lambda *b: (*compile_graph(*a)(*b), None))
+    model = Gated()
+    plain = copy.deepcopy(model)
+    fxfuse.optimize(model, inner="eager", verify=True)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(model(x), plain(x))
+    assert any("does not reproduce" in note for note in report_of(model).notes)
 
 
 @pytest.mark.parametrize("good", [True, False])
