@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -123,7 +123,7 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
     def fxfuse_call(*args: Any, **kwargs: Any) -> Any:
         token = backend.current_session.set(session)
         try:
-            with _varying(_lengths(args, kwargs) if mark_lengths else ()):
+            with _varying(args, kwargs) if mark_lengths else nullcontext():
                 result = compiled(*args, **kwargs)
         except BackendCompilerFailed as error:
             own = raised_on_purpose(error)
@@ -156,20 +156,35 @@ def _lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[torc
                 yield tensor, 2
 
 
+def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+    """Lets the length of a static cache vary in a prompt's graph: generate() makes a larger one when needed.
+
+    Not for a decoded token, where this would cost more time than the second graph that it saves.
+    """
+    tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
+    tokens = args[0] if tokens is None and args else tokens
+    layers = getattr(kwargs.get("past_key_values"), "layers", ())
+    is_prompt = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > 1
+    if not is_prompt or not any(type(layer).__name__ == "StaticLayer" for layer in layers):
+        return nullcontext()
+    return torch.compiler.config.patch(dynamic_sources=r".*\.max_cache_len$")
+
+
 @contextmanager
-def _varying(lengths: Iterable[tuple[torch.Tensor, int]]) -> Iterator[None]:
+def _varying(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
     """Say that lengths vary before the first graph, which saves compiling one for the first length only.
 
     Nothing of it stays on the caller's tensors: another compilation would take it for its own.
     """
     marked: list[tuple[torch.Tensor, set[str]]] = []
-    for tensor, dim in lengths:
+    for tensor, dim in _lengths(args, kwargs):
         before = set(vars(tensor))
         if not any(map(_is_mark, before)):
             torch._dynamo.maybe_mark_dynamic(tensor, dim)
             marked.append((tensor, before))
     try:
-        yield
+        with _cache_length(args, kwargs):
+            yield
     finally:
         for tensor, before in marked:
             for name in filter(_is_mark, vars(tensor).keys() - before):

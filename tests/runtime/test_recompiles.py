@@ -53,9 +53,7 @@ def test_graphs_are_bounded_over_lengths_and_later_rounds_add_none(
     found = phases(report)
     assert found["prefill"] <= prefills + 1, found  # one more for prompts shorter than the convolution
     assert found["decode"] <= decodes, found
-    # generate() keeps its largest static cache: short prompts meet another size of it in the second round
-    assert graphs[0] == graphs[1] or cache == "static"
-    assert graphs[1] == graphs[2] == graphs[3]
+    assert graphs[0] == graphs[1] == graphs[2] == graphs[3]
 
 
 def test_the_counters_see_what_a_length_for_which_nothing_was_said_costs(make_model: Make) -> None:
