@@ -171,8 +171,7 @@ class RowMap:
                 segment.stop == rows and (last_of_all or segment.transposed)
             )
             sides_fit = last % block[1] == 0 or (last == width and (last_of_all or not segment.transposed))
-            step = block[1] if segment.transposed else block[0]
-            if segment.start % block[0] or first % block[1] or at % step or not (ends_fit and sides_fit):
+            if segment.start % block[0] or first % block[1] or not (ends_fit and sides_fit):
                 raise PlanError(
                     f"{segment}: does not begin and end at blocks of {block[0]}x{block[1]}, "
                     "which share one scale each; leave these tensors unmerged"

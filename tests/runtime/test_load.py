@@ -117,6 +117,15 @@ def test_every_fault_is_listed_and_the_model_is_unchanged(make_model: Make, tmp_
         assert equal(model, before)
 
 
+@pytest.mark.parametrize("change", [{"surplus": torch.zeros(1)}, {"model.norm.weight": torch.zeros(63)}])
+def test_one_fault_is_enough(make_model: Make, change: dict[str, torch.Tensor]) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=next(iter(change))):
+        fxfuse.load_state_dict(model, other.state_dict() | change)
+    assert equal(model, before)
+
+
 def test_what_is_asked_wrongly_is_refused(make_model: Make, tmp_path: Path) -> None:
     model = make_model()
     with pytest.raises(PlanError, match="layout 'sideways' is not known"):
