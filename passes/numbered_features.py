@@ -60,7 +60,8 @@ def cuts_of(region: Sequence[Node]) -> tuple[list[Node], list[Cut]]:
     """
     runs = [_numbered(region, primes) for primes in TRIALS]
     known = [node for node in region if all(node in run for run in runs)]
-    whole = {node: runs[0][node] for node in known if runs[0][node] == runs[1][node] and runs[0][node]}
+    first, second = runs
+    whole = {node: found for node in known if (found := first[node]) and found == second[node]}
     inside = {node for node in known if node in whole or _only_feeds(node, set(known), set(whole))}
     leading = region[0].meta["val"].dim() - 1
     cuts = []

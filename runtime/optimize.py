@@ -167,7 +167,8 @@ def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContex
     is_prompt = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > 1
     if not is_prompt or not any(type(layer).__name__ == "StaticLayer" for layer in layers):
         return nullcontext()
-    return torch.compiler.config.patch(dynamic_sources=r".*\.max_cache_len$")
+    config: Any = torch.compiler.config
+    return config.patch(dynamic_sources=r".*\.max_cache_len$")
 
 
 @contextmanager
