@@ -102,7 +102,7 @@ def launch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
         weight.stride(0),
         BLOCK_R=block,
         BLOCK_C=width,
-        num_warps=min(16, max(4, width // 512)),
+        num_warps=min(16, max(4, width // 1024)),
     )
     return out
 

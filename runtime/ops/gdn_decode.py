@@ -276,8 +276,7 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
         COLUMNS,
         BLOCK_S,
     )
-    q = tl.where(in_key, q, 0.0)
-    k = tl.where(in_key, k, 0.0)
+    # Features beyond the heads' sizes are zeros throughout: loads mask them, and nothing is added to them.
     q = q * (tl.rsqrt(tl.sum(q * q, axis=0) + EPSILON) * scale)
     k = k * tl.rsqrt(tl.sum(k * k, axis=0) + EPSILON)
     scales = tl.load(norm_weight + j * norm_stride, mask=in_value, other=0.0).to(tl.float32)
@@ -314,7 +313,7 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
         correction = (v - tl.sum(current * k[:, None], axis=0)) * rate
         current += k[:, None] * correction[None, :]
         tl.store(place, current.to(state.dtype.element_ty), mask=tile)
-        result = tl.where(in_value, tl.sum(current * q[:, None], axis=0), 0.0)
+        result = tl.sum(current * q[:, None], axis=0)
         inverse = tl.rsqrt(tl.sum(result * result, axis=0) / VALUE_DIM + eps)
         gates = z + batch * z_stride_b + group * z_stride_g + r * z_stride_h
         gate = silu(tl.load(gates + j * z_stride_d, mask=in_value, other=0.0).to(tl.float32))

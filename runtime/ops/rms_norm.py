@@ -126,7 +126,7 @@ def _launch(
         ZERO_CENTRED=zero_centred,
         BLOCK_R=block,
         BLOCK_C=width,
-        num_warps=min(16, max(4, width // 512)),
+        num_warps=min(16, max(4, width // 1024)),
     )
     return out
 
