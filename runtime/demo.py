@@ -38,7 +38,7 @@ __all__ = ["Demonstration", "Timing", "run"]
 EAGER, COMPILE, FXFUSE = "eager", "torch.compile", "fxfuse"
 
 _PROMPT_TOKENS = 48
-_ROUNDS = 3
+_ROUNDS = 2
 _TEXT = (
     "A linear attention layer keeps a matrix for each head instead of a cache that grows. At every step it "
     "decays by a gate, forgets what it held for the current key, and stores the new value in its place. "
