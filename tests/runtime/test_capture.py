@@ -123,7 +123,7 @@ def test_two_threads_may_capture_while_a_third_compiles_plainly(
     for model in models[:2]:
         report = model.optimization_report
         assert report.calls == 2 and report.matched == 4 and not report.misses
-        # Dynamo guards on settings that a new thread may take over only at its first call
+        # One graph is expected; a second was seen once, for a reason that is not established
         assert 1 <= len(report.graphs) <= 2
     assert models[2].optimization_report is None
     assert plain_targets and not any("fxfuse" in target for target in plain_targets)
