@@ -1,8 +1,12 @@
-"""What holds for every test."""
+"""What holds for every test, and tiny models of the real architecture."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
+
+VOCABULARY = 300
+PAIR = ("linear_attention", "full_attention")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -16,3 +20,66 @@ def _fresh_dynamo() -> Iterator[None]:
     import torch
 
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="session")
+def quiet() -> None:
+    """One thread and no advice: what is this small is slower on more."""
+    import torch
+    import transformers
+
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+
+
+@pytest.fixture(scope="session")
+def make_model() -> Callable[..., Any]:
+    """An untrained Qwen3.5 in float32, by default of one Gated DeltaNet layer and one attention layer."""
+    import torch
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    def make(layers: tuple[str, ...] = PAIR, seed: int = 0, **config: Any) -> Any:
+        torch.manual_seed(seed)
+        return Qwen3_5ForCausalLM(
+            Qwen3_5TextConfig(
+                **{
+                    "vocab_size": VOCABULARY,
+                    "hidden_size": 64,
+                    "intermediate_size": 96,
+                    "num_hidden_layers": len(layers),
+                    "layer_types": list(layers),
+                    "num_attention_heads": 2,
+                    "num_key_value_heads": 1,
+                    "head_dim": 32,
+                    "linear_key_head_dim": 16,
+                    "linear_value_head_dim": 16,
+                    "linear_num_key_heads": 2,
+                    "linear_num_value_heads": 4,
+                    "tie_word_embeddings": False,
+                    "pad_token_id": 0,
+                    "eos_token_id": None,
+                    **config,
+                }
+            )
+        ).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def prompt() -> Any:
+    import torch
+
+    return torch.randint(1, VOCABULARY, (1, 17), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture()
+def plain_logits() -> Callable[..., Any]:
+    """Logits of the model's own forward, whatever its compiled call is."""
+    import torch
+
+    def logits(model: Any, ids: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return model.forward(input_ids=ids, **kwargs).logits
+
+    return logits
