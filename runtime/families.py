@@ -18,21 +18,42 @@ class LinearGroup:
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """What one expert's gate, up and down are called in files, and a config its number and inner size.
+
+    `single` are names within a layer; as a stack, experts are `mlp.experts.gate_up_proj` and `.down_proj` in
+    every family. `renamed` pairs the names of what else is called differently, beside a stack and beside
+    single experts. `count` lists the config's field, also under the name that transformers gives it.
+    """
+
+    single: tuple[str, str, str] = (
+        "mlp.experts.{e}.gate_proj.weight",
+        "mlp.experts.{e}.up_proj.weight",
+        "mlp.experts.{e}.down_proj.weight",
+    )
+    renamed: tuple[tuple[str, str], ...] = ()
+    count: tuple[str, ...] = ("num_experts", "num_local_experts")
+    width: str = "moe_intermediate_size"
+
+
+@dataclass(frozen=True)
 class Family:
     """Names of one model family.
 
-    `groups` holds the groups of every kind of layer: a layer has those whose members it has. `prefixes` are
-    where the decoder stands in files and models, likeliest first, and `layer` is a layer's path from there.
-    `delta_rules` are the functions of `modeling` that capture takes as leaves.
+    `groups` holds the groups of every kind of layer: a layer has those whose members it has; a family without
+    any has plans for its experts only. `prefixes` are where the decoder stands in files and models, likeliest
+    first, and `layer` is a layer's path from there. `delta_rule` is the function of `modeling` that capture
+    takes as a leaf.
     """
 
     name: str
     text_model_types: tuple[str, ...]
-    composite_model_types: tuple[str, ...]
-    groups: tuple[LinearGroup, ...]
-    modeling: str
-    prefixes: tuple[str, ...]
-    delta_rules: tuple[str, ...] = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+    composite_model_types: tuple[str, ...] = ()
+    groups: tuple[LinearGroup, ...] = ()
+    modeling: str | None = None
+    prefixes: tuple[str, ...] = ("model.", "")
+    experts: ExpertNames = ExpertNames()
+    delta_rule: str = "torch_chunk_gated_delta_rule"
     layer: str = "layers.{index}."
 
     @property
@@ -83,10 +104,35 @@ FAMILIES = (
     Family(
         name="qwen3_next",
         text_model_types=("qwen3_next",),
-        composite_model_types=(),
         groups=(GATED_DELTA_NET_GROUPED, ATTENTION, MLP, SPARSE_MLP),
         modeling="transformers.models.qwen3_next.modeling_qwen3_next",
-        prefixes=("model.", ""),
+    ),
+    Family(name="qwen2_moe", text_model_types=("qwen2_moe",)),
+    Family(name="qwen3_moe", text_model_types=("qwen3_moe",)),
+    Family(
+        name="qwen3_vl_moe",
+        text_model_types=("qwen3_vl_moe_text",),
+        composite_model_types=("qwen3_vl_moe",),
+        prefixes=COMPOSITE_PREFIXES,
+    ),
+    Family(
+        name="deepseek",
+        text_model_types=("deepseek_v2", "deepseek_v3"),
+        experts=ExpertNames(count=("n_routed_experts",)),
+    ),
+    Family(
+        name="mixtral",
+        text_model_types=("mixtral",),
+        experts=ExpertNames(
+            single=(
+                "block_sparse_moe.experts.{e}.w1.weight",
+                "block_sparse_moe.experts.{e}.w3.weight",
+                "block_sparse_moe.experts.{e}.w2.weight",
+            ),
+            renamed=(("mlp.gate.weight", "block_sparse_moe.gate.weight"),),
+            count=("num_local_experts",),
+            width="intermediate_size",
+        ),
     ),
 )
 

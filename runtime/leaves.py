@@ -81,7 +81,9 @@ def install() -> None:
     """
     with _lock:
         for family in FAMILIES:
-            module_name, function_name = family.modeling, family.delta_rules[0]
+            if family.modeling is None:
+                continue
+            module_name, function_name = family.modeling, family.delta_rule
             module = sys.modules.get(module_name)
             original = getattr(module, function_name, None)
             if original is None or (module_name, function_name) in _installed:

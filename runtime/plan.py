@@ -15,7 +15,7 @@ from fxfuse.runtime.headers import read_config, read_headers, read_plan
 from fxfuse.runtime.layouts.decoder import Decoder
 from fxfuse.runtime.layouts.experts import to_single, to_stack
 from fxfuse.runtime.layouts.fastdeploy import to_fastdeploy
-from fxfuse.runtime.layouts.geometry import Geometry, geometry_of
+from fxfuse.runtime.layouts.geometry import Geometry, geometry_of, with_experts
 from fxfuse.runtime.layouts.grouped_heads import to_flat, to_groups
 from fxfuse.runtime.layouts.merging import to_fused
 from fxfuse.runtime.layouts.scales import Step, with_scales
@@ -39,6 +39,7 @@ _STEPS: Mapping[str, Callable[[Decoder], list[Transform]]] = MappingProxyType(
     }
 )
 _BY_HEADS = ("qwen3_next", "qwen3_5", "fastdeploy")
+_OF_EXPERTS = ("hf", "per_expert")
 LAYOUTS = tuple(_STEPS)
 
 
@@ -79,12 +80,18 @@ def plan_and_origin(
     if layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
     family, config, tensors, earlier = _inspect(source)
+    if not family.groups and (layout not in _OF_EXPERTS or tp is not None):
+        raise PlanError(
+            f"{family.name}: only its experts are planned, as {' or '.join(_OF_EXPERTS)} and for one rank; "
+            f"not layout {layout!r}{'' if tp is None else f' for tp={tp}'}"
+        )
     draft, origin = Draft(tensors), None
     if earlier is not None:
         back = earlier.inverse()
         draft.then(back.transforms, back.usages)
         origin = Draft(draft.tensors)
     geometry = geometry_of(config) if tp is not None or layout in _BY_HEADS else Geometry()
+    geometry = with_experts(geometry, config, family.experts)
     scheme = scheme_of(config)
     steps = _steps(layout, tp, family, geometry, draft.tensors, scheme)
     for transforms, usages in steps:

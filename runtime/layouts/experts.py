@@ -6,6 +6,7 @@ FP8 and other quantised checkpoints are stored one by one.
     stacked:    experts.gate_up_proj [E, 2I, H] (rows: gate, then up),  experts.down_proj [E, H, I]
     turned:     experts.gate_up_proj [E, H, 2I],  experts.down_proj [E, I, H]   (Qwen3-VL-MoE)
     one by one: experts.{e}.gate_proj.weight [I, H],  .up_proj.weight [I, H],  .down_proj.weight [H, I]
+                block_sparse_moe.experts.{e}.w1.weight, .w3.weight, .w2.weight   (Mixtral)
 """
 
 import re
@@ -13,15 +14,20 @@ from collections.abc import Mapping
 
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform
-from fxfuse.runtime.layouts.decoder import Decoder
+from fxfuse.runtime.families import ExpertNames
+from fxfuse.runtime.layouts.decoder import Decoder, renamed
+from fxfuse.runtime.layouts.geometry import Geometry
 
 _STACK = "mlp.experts."
-_ONE = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
 _PARTS = ("gate", "up", "down")
 
 
 def to_single(decoder: Decoder) -> list[Transform]:
-    """Every stack of experts taken apart; raises PlanError when it cannot be told which way round it is."""
+    """Every stack of experts taken apart.
+
+    Raises PlanError when it cannot be told which way round it is, or has not the config's sizes.
+    """
+    names = decoder.family.experts
     transforms = []
     for layer, tensors in decoder.of_layers():
         gate_up, down = (tensors.get(f"{_STACK}{name}") for name in ("gate_up_proj", "down_proj"))
@@ -32,48 +38,87 @@ def to_single(decoder: Decoder) -> list[Transform]:
             raise PlanError(f"{layer}{_STACK}{absent}: missing, while the layer has the other half")
         turned = is_turned(gate_up, down)
         experts = gate_up.shape[0]
+        _check_sizes(layer, experts, gate_up.shape[2 if turned else 1] // 2, decoder.geometry)
         for e in range(experts):
             parts = _parts(gate_up, down, e, turned)
-            for part, (spec, block) in zip(_PARTS, parts, strict=True):
-                target = TensorSpec(f"{layer}{_STACK}{e}.{part}_proj.weight", spec, gate_up.dtype)
+            for part, (spec, block) in zip(names.single, parts, strict=True):
+                target = TensorSpec(layer + part.format(e=e), spec, gate_up.dtype)
                 transforms.append(Transform(target, RowMap((block,))))
+        transforms += [
+            renamed(tensors[stacked], layer + single)
+            for stacked, single in names.renamed
+            if stacked in tensors
+        ]
     return transforms
 
 
 def to_stack(decoder: Decoder) -> list[Transform]:
     """Single experts stacked, and turned stacks put straight.
 
-    Raises PlanError for a missing expert and for experts of several shapes.
+    Raises PlanError for a missing expert, for experts of several shapes, and for other sizes than the
+    config's.
     """
     transforms = []
     for layer, tensors in decoder.of_layers():
         transforms += _straightened(tensors)
-        found = {
-            (int(match[1]), match[2]): spec
-            for name, spec in tensors.items()
-            if (match := _ONE.fullmatch(name))
-        }
-        if not found:
-            continue
-        experts = 1 + max(e for e, _ in found)
-        absent = [(e, part) for e in range(experts) for part in _PARTS if (e, part) not in found]
-        if absent:
-            e, part = absent[0]
-            raise PlanError(
-                f"{layer}{_STACK}{e}.{part}_proj.weight: missing ({len(absent)} in all), "
-                f"while there are experts up to {experts - 1}"
-            )
-        for part in _PARTS:
-            shapes = {found[e, part].shape: found[e, part] for e in range(experts)}
-            if len(shapes) > 1:
-                raise PlanError(f"experts of one layer differ: {', '.join(map(str, shapes.values()))}")
-        gates = [found[e, part] for e in range(experts) for part in ("gate", "up")]
-        downs = [found[e, "down"] for e in range(experts)]
-        for name, members in (("gate_up_proj", gates), ("down_proj", downs)):
-            rows = sum(member.rows for member in members) // experts
-            target = TensorSpec(f"{layer}{_STACK}{name}", (experts, rows, members[0].width), members[0].dtype)
-            transforms.append(Transform(target, RowMap.concat([(m.name, m.rows) for m in members])))
+        found = _singles(tensors, decoder.family.experts)
+        if found:
+            transforms += _stacked(layer, found, decoder)
+            transforms += [
+                renamed(tensors[single], layer + stacked)
+                for stacked, single in decoder.family.experts.renamed
+                if single in tensors
+            ]
     return transforms
+
+
+def _singles(tensors: Mapping[str, TensorSpec], names: ExpertNames) -> dict[tuple[int, str], TensorSpec]:
+    """The tensors of single experts by number and part."""
+    patterns = {
+        part: re.compile(re.escape(name).replace(re.escape("{e}"), r"(\d+)"))
+        for part, name in zip(_PARTS, names.single, strict=True)
+    }
+    return {
+        (int(match[1]), part): spec
+        for name, spec in tensors.items()
+        for part, pattern in patterns.items()
+        if (match := pattern.fullmatch(name))
+    }
+
+
+def _stacked(layer: str, found: Mapping[tuple[int, str], TensorSpec], decoder: Decoder) -> list[Transform]:
+    """The two stacks of one layer's experts."""
+    experts = max(1 + max(e for e, _ in found), decoder.geometry.experts)
+    absent = [(e, part) for e in range(experts) for part in _PARTS if (e, part) not in found]
+    if absent:
+        e, part = absent[0]
+        name = dict(zip(_PARTS, decoder.family.experts.single, strict=True))[part].format(e=e)
+        raise PlanError(
+            f"{layer}{name}: missing ({len(absent)} in all), while there are experts up to {experts - 1}"
+        )
+    for part in _PARTS:
+        shapes = {found[e, part].shape: found[e, part] for e in range(experts)}
+        if len(shapes) > 1:
+            raise PlanError(f"experts of one layer differ: {', '.join(map(str, shapes.values()))}")
+    _check_sizes(layer, experts, found[0, "gate"].rows, decoder.geometry)
+    gates = [found[e, part] for e in range(experts) for part in ("gate", "up")]
+    downs = [found[e, "down"] for e in range(experts)]
+    transforms = []
+    for name, members in (("gate_up_proj", gates), ("down_proj", downs)):
+        rows = sum(member.rows for member in members) // experts
+        target = TensorSpec(f"{layer}{_STACK}{name}", (experts, rows, members[0].width), members[0].dtype)
+        transforms.append(Transform(target, RowMap.concat([(m.name, m.rows) for m in members])))
+    return transforms
+
+
+def _check_sizes(layer: str, experts: int, width: int, geometry: Geometry) -> None:
+    """Raises PlanError unless number and inner size of the experts are the config's, where it has them."""
+    for found, expected, what in (
+        (experts, geometry.experts, "experts"),
+        (width, geometry.expert_width, "rows in an expert's gate"),
+    ):
+        if expected and found != expected:
+            raise PlanError(f"{layer}{_STACK[:-1]}: {found} {what}, the config gives {expected}")
 
 
 def _straightened(tensors: Mapping[str, TensorSpec]) -> list[Transform]:

@@ -5,15 +5,16 @@ from types import SimpleNamespace
 from typing import Any
 
 from fxfuse.errors import PlanError
+from fxfuse.runtime.families import ExpertNames
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Heads, in numbers of heads and rows of a head; experts, in rows.
+    """Heads, in numbers of heads and rows of a head; experts, in their number and rows of a gate.
 
     `query_heads` of `head_dim` rows each share `kv_heads`; `value_heads` of `value_dim` rows share
     `key_heads` of `key_dim` rows in the gated delta rule. `gated_queries`: q_proj holds query and gate of
-    each head in turn.
+    each head in turn. Sizes that are 0 are not known.
     """
 
     query_heads: int = 0
@@ -24,6 +25,8 @@ class Geometry:
     value_heads: int = 0
     key_dim: int = 0
     value_dim: int = 0
+    experts: int = 0
+    expert_width: int = 0
 
     @property
     def value_heads_per_key(self) -> int:
@@ -67,6 +70,7 @@ class Geometry:
             kv_heads=max(self.kv_heads // world, 1) if self.kv_heads else 0,
             key_heads=self.key_heads // world,
             value_heads=self.value_heads // world,
+            expert_width=0 if self.expert_width % world else self.expert_width // world,
         )
 
 
@@ -105,3 +109,14 @@ def geometry_of(config: Any) -> Geometry:
             f"{sizes['key_heads']} key heads"
         )
     return Geometry(**sizes, gated_queries=bool(getattr(text, "attn_output_gate", True)))
+
+
+def with_experts(geometry: Geometry, config: Any, names: ExpertNames) -> Geometry:
+    """The geometry with the sizes of experts that a config has under its family's names for them."""
+    text = text_config(config)
+    counts = (getattr(text, name, None) for name in names.count)
+    count = next((size for size in counts if type(size) is int), 0)
+    width = getattr(text, names.width, None)
+    if not count or type(width) is not int:
+        return geometry
+    return replace(geometry, experts=count, expert_width=width)
