@@ -27,6 +27,10 @@ NOTHING_CAPTURED = (
     "torch.compile captured no graph: the model runs as it was (it skips torch.nn's own classes, such as "
     "Sequential, where they are the outermost module)"
 )
+MODE_LOST = (
+    "generate() asked torch.compile for mode={0!r}, which is lost: optimize() has compiled the model "
+    "already; model.optimize(mode={0!r}) has that mode, and generate(disable_compile=True) does not ask for it"
+)
 
 
 @dataclass
@@ -102,7 +106,7 @@ def optimize(
     compiled = model._compiled_call_impl
     assert compiled is not None
     session = backend.Session(state.report, model)
-    model._compiled_call_impl = entry = _entry(compiled, session, mark_lengths=dynamic is None)
+    model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)
     state.entry = ref(entry)
     _states[model] = state
     return model
@@ -117,8 +121,12 @@ def compile_limits() -> dict[str, Any]:
     return {}
 
 
-def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool) -> Callable[..., Any]:
+def _entry(
+    compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool, mode: str | None
+) -> Callable[..., Any]:
     """The model's compiled call: says for whom graphs are compiled, and which sizes will vary."""
+    model = session.model
+    assert model is not None
 
     def fxfuse_call(*args: Any, **kwargs: Any) -> Any:
         token = backend.current_session.set(session)
@@ -135,6 +143,9 @@ def _entry(compiled: Callable[..., Any], session: backend.Session, mark_lengths:
         nothing = not session.report.graphs and not session.report.failures
         if nothing and session.report.note(NOTHING_CAPTURED):
             log.warning(NOTHING_CAPTURED)
+        asked = getattr(vars(model).get("_last_compile_config"), "mode", None)
+        if asked not in (None, "default", mode) and session.report.note(MODE_LOST.format(asked)):
+            log.warning(MODE_LOST.format(asked))
         return result
 
     # An outer torch.compile (transformers' automatic one) must not trace into this frame: ours wins.
