@@ -16,6 +16,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.runtime import backend, leaves, live_weights
+from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
 
@@ -29,7 +30,7 @@ NOTHING_CAPTURED = (
 )
 MODE_LOST = (
     "generate() asked torch.compile for mode={0!r}, which is lost: optimize() has compiled the model "
-    "already; model.optimize(mode={0!r}) has that mode, and generate(disable_compile=True) does not ask for it"
+    "already; model.optimize(mode={0!r}) has it, and generate(disable_compile=True) does not ask for it"
 )
 
 
@@ -62,6 +63,7 @@ def optimize(
 ) -> nn.Module:
     """Rewrite the model's computation in place; returns the same model.
 
+    Of a wrapped model (PEFT, a value head, DDP, torch.compile) the transformers model inside is rewritten.
     Nothing is compiled or moved before the first call. Calling it again with the same options changes
     nothing, with others it starts anew. The keywords are those of `fxfuse.runtime.options.Options`; `dynamic`
     is torch.compile's, where None lets lengths vary from the first graph on.
@@ -86,9 +88,10 @@ def optimize(
         raise OptionError(f"dynamic={dynamic!r}: allowed are None, True, False")
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"optimize() takes a torch.nn.Module, not a {type(model).__name__}")
+    given, model = model, inner_model(model)
     state = _states.get(model) if is_optimized(model) else None
     if state is not None and (state.options, state.dynamic) == (options, dynamic):
-        return model
+        return given
     if strict and "input_ids" in inspect.signature(model.forward).parameters:
         from fxfuse.runtime.explain import explain  # which needs this module
 
@@ -109,7 +112,7 @@ def optimize(
     model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)
     state.entry = ref(entry)
     _states[model] = state
-    return model
+    return given
 
 
 def compile_limits() -> dict[str, Any]:
@@ -209,6 +212,7 @@ def _is_mark(attribute: str) -> bool:
 
 def is_optimized(model: nn.Module) -> bool:
     """Whether the model's call is ours now; a copy of an optimised model is a plain model."""
+    model = inner_model(model)
     state = _states.get(model)
     call = model._compiled_call_impl
     return state is not None and call is not None and call is state.entry()
@@ -220,12 +224,13 @@ def deoptimize(model: nn.Module) -> nn.Module:
     The original forward, the same Parameter objects with their bits and strides, each in memory of its own.
     A call that the caller has compiled since stays.
     """
+    given, model = model, inner_model(model)
     ours = is_optimized(model)
     state = _states.pop(model, None)
     if state is not None and ours:
         model._compiled_call_impl = state.call_before
     live_weights.unpack(model.parameters())
-    return model
+    return given
 
 
 @contextmanager
@@ -240,5 +245,6 @@ def optimized(model: nn.Module, **options: Any) -> Iterator[nn.Module]:
 
 def optimization_report(model: nn.Module) -> Report | None:
     """The report of an optimised model, or of graphs that torch.compile(backend="fxfuse") made for it."""
+    model = inner_model(model)
     state = _states.get(model)
     return state.report if state is not None else backend.report_of(model.parameters())
