@@ -10,6 +10,7 @@ import torch
 
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
 from fxfuse.passes.weights import Draft, TensorSpec, Transform, Usage, WeightPlan
+from fxfuse.runtime.decoder_stack import find_decoder, plain_tensors
 from fxfuse.runtime.families import Family, family_of
 from fxfuse.runtime.headers import read_config, read_headers, read_plan
 from fxfuse.runtime.layouts.decoder import Decoder
@@ -51,23 +52,23 @@ def plan(
 ) -> WeightPlan:
     """The plan from the layout that `source` is in to another one.
 
-    A model gives its own names and dtypes, a checkpoint directory those of its headers, a config a template
-    that `WeightPlan.bind` completes. A directory that `fxfuse.convert` wrote may be in any layout, any other
-    is in that of transformers, its experts stacked or one by one. Tensors outside the decoder's layers
-    (embeddings, head, vision, `mtp.`) are never changed.
+    A model gives the names and dtypes that it has inside of wrappers (PEFT, a value head, DDP,
+    torch.compile), a checkpoint directory those of its headers, a config a template that `WeightPlan.bind`
+    completes. A directory that `fxfuse.convert` wrote may be in any layout, any other is in that of
+    transformers, its experts stacked or one by one. Tensors outside the decoder's layers (embeddings, head,
+    vision, `mtp.`) are never changed.
 
     Args:
         source: what the plan is for.
         layout: "hf" (as transformers holds it), "fused" (same-input linears merged), "per_expert" (experts
-        one by
-            one), "qwen3_next" and "qwen3_5" (Gated DeltaNet by key head, and not), "sglang", "fastdeploy".
+            one by one), "qwen3_next" and "qwen3_5" (Gated DeltaNet by key head, and not), "sglang",
+            "fastdeploy".
         tp: (rank, world): the part of each tensor that this rank holds.
 
     Raises:
         PlanError: an unknown layout, an incomplete group, sizes that do not divide, quantised weights that
-        cannot be
-            merged without loss, or a layout that the model has nothing for.
-        UnsupportedModelError: an unknown family.
+            cannot be merged without loss, or a layout that the model has nothing for.
+        UnsupportedModelError: an unknown family, or a module in which no decoder stack is found.
         CheckpointError: a faulty checkpoint.
     """
     return plan_and_origin(source, layout, tp)[0]
@@ -142,8 +143,11 @@ def _inspect(source: Any) -> tuple[Family, Any, dict[str, TensorSpec], WeightPla
         family, tensors = family_of(getattr(config, "model_type", None)), read_headers(Path(source))
         return family, config, tensors, _earlier(Path(source), tensors)
     if isinstance(source, torch.nn.Module):
-        config = getattr(source, "config", None)
-        return _family(config), config, _specs(source), None
+        from transformers import PreTrainedModel
+
+        model = source if isinstance(source, PreTrainedModel) else find_decoder(source).model
+        config = getattr(model, "config", None)
+        return _family(config), config, _specs(plain_tensors(model)), None
     if hasattr(source, "get_text_config"):
         family = _family(source)
         return family, source, _template(source, family), None
@@ -176,12 +180,8 @@ def _family(config: Any) -> Family:
     return family
 
 
-def _specs(module: torch.nn.Module, prefix: str = "") -> dict[str, TensorSpec]:
-    """Every parameter of a module, tied ones under each of their names."""
-    return {
-        prefix + name: TensorSpec(prefix + name, tuple(parameter.shape), str(parameter.dtype))
-        for name, parameter in module.named_parameters(remove_duplicate=False)
-    }
+def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {n: TensorSpec(n, tuple(tensor.shape), str(tensor.dtype)) for n, tensor in tensors.items()}
 
 
 def _template(config: Any, family: Family) -> dict[str, TensorSpec]:
@@ -192,4 +192,7 @@ def _template(config: Any, family: Family) -> dict[str, TensorSpec]:
         decoder = AutoModel.from_config(config.get_text_config())
     composite = config.model_type in family.composite_model_types
     prefix = family.prefixes[0] if composite else "model."
-    return {name: TensorSpec(name, spec.shape) for name, spec in _specs(decoder, prefix).items()}
+    return {
+        prefix + name: TensorSpec(prefix + name, tuple(parameter.shape))
+        for name, parameter in decoder.named_parameters(remove_duplicate=False)
+    }
