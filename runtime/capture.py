@@ -41,9 +41,19 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
     return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
 
 
+class _Retracer(Interpreter):
+    """Runs Dynamo's graph to be traced again."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
+        if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
+            return args[0].detach()
+        return super().call_function(target, args, kwargs)
+
+
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
-    run = make_fx(lambda *args: Interpreter(graph_module).run(*args), pre_dispatch=True)
+    run = make_fx(lambda *args: _Retracer(graph_module).run(*args), pre_dispatch=True)
     with preserve_node_meta(), mode_of(fakes) or nullcontext():
         return run(*fakes)
 
