@@ -1,5 +1,6 @@
 """Grad and autocast modes that a graph switches on its way: a rewrite moves no call from one to another."""
 
+import operator
 from collections.abc import Hashable
 
 import torch
@@ -12,8 +13,8 @@ PLAIN = (False, ())
 
 def switches_mode(node: Node) -> bool:
     """Whether a call computes nothing and is there for its effect on the calls after it."""
-    operator = isinstance(node.target, (OpOverload, HigherOrderOperator))
-    return node.op == "call_function" and not operator and node.meta.get("val") is None
+    computes = isinstance(node.target, (OpOverload, HigherOrderOperator)) or node.target is operator.getitem
+    return node.op == "call_function" and not computes and node.meta.get("val") is None
 
 
 def sets_grad_mode(node: Node) -> bool:

@@ -5,7 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fxfuse.errors import OptionError
-from fxfuse.passes import layout_chains, one_row_linears, same_input_linears
+from fxfuse.passes import (
+    add_rms_norm,
+    gated_rms_norm,
+    layout_chains,
+    one_row_linears,
+    rms_norm,
+    same_input_linears,
+    sigmoid_gate,
+    swiglu,
+)
 from fxfuse.passes.normalise import normalise
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program
@@ -17,28 +26,36 @@ log = logging.getLogger("fxfuse")
 class Pass:
     """A rewrite by name: `run` changes the program it is given and says what it did.
 
-    A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow.
+    A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow. One with a
+    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say.
     """
 
     name: str
     run: Callable[[Program], Outcome]
     for_inductor: bool = False
+    target: str | None = None
 
 
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
+    Pass("gated_rms_norm", gated_rms_norm.RULE.run, target="cuda"),
+    Pass("rms_norm", rms_norm.run, target="cuda"),
+    Pass("add_rms_norm", add_rms_norm.run, target="cuda"),
+    Pass("swiglu", swiglu.RULE.run, target="cuda"),
+    Pass("sigmoid_gate", sigmoid_gate.run, target="cuda"),
     Pass("layout_chains", layout_chains.run),
-    Pass("one_row_linears", one_row_linears.run, for_inductor=True),
+    Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu"),
 )
 
 
-def selected(names: str | Sequence[str], inner: str) -> tuple[Pass, ...]:
-    """The passes of that name in the pipeline's order; "default" is all that suit the inner backend.
+def selected(names: str | Sequence[str], inner: str, target: str = "cpu") -> tuple[Pass, ...]:
+    """The passes of that name in the pipeline's order; "default" is all that suit inner backend and target.
 
     Raises OptionError, with the known names, for a name that no pass has.
     """
     if names == "default":
-        return tuple(p for p in PASSES if inner == "inductor" or not p.for_inductor)
+        suited = (p for p in PASSES if p.target in (None, target))
+        return tuple(p for p in suited if inner == "inductor" or not p.for_inductor)
     wanted = [names] if isinstance(names, str) else list(names)
     known = {p.name: p for p in PASSES}
     unknown = [name for name in wanted if name not in known]

@@ -28,13 +28,13 @@ def same_memory(node: Node, other: Node) -> bool:
         and a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.dtype == b.dtype
         and a.requires_grad == b.requires_grad
-        and _equal(a.shape, b.shape)
-        and _equal(a.stride(), b.stride())
-        and _equal([a.storage_offset()], [b.storage_offset()])
+        and equal_sizes(a.shape, b.shape)
+        and equal_sizes(a.stride(), b.stride())
+        and equal_sizes([a.storage_offset()], [b.storage_offset()])
     )
 
 
-def _equal(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
+def equal_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
     return len(sizes) == len(others) and all(
         statically_known_true(a == b) for a, b in zip(sizes, others, strict=True)

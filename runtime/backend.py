@@ -91,7 +91,7 @@ def _compiled(
     if why is not None and session.report.note(why):
         log.warning(why)
     program = _program(graph_module, inputs, options, session)
-    passes = pipeline.selected(options.passes, chosen_inner)
+    passes = pipeline.selected(options.passes, chosen_inner, options.target_for(inputs))
     before = len(program.graph.nodes)
     rewritten, outcomes = pipeline.apply(program, passes)
     record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)

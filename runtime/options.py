@@ -1,13 +1,16 @@
 """The options of optimize() and of the backend, checked at one door."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
+
+import torch
 
 from fxfuse.errors import OptionError
 from fxfuse.passes import pipeline
 
 Inner = Literal["inductor", "aot_eager", "eager"]
+Target = Literal["auto", "cuda", "cpu"]
 Weights = Literal["auto", "copy"]
 Show = Literal["auto", "log", "off"]
 Mode = Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"]
@@ -23,6 +26,7 @@ class Options:
             of rows into a copy of the weight, which does not see writes that leave no trace on the parameter
             (`p.data.copy_()`, fused optimizers, numpy).
         inner: what compiles the rewritten graph.
+        target: for which kind of device to lower; "auto" is the one that the inputs of the graph are on.
         mode: a mode of torch.compile, for the inner backend inductor.
         strict: raise where the default leaves the original computation alone.
         verify: run the original graph once beside each compiled one and compare.
@@ -32,13 +36,14 @@ class Options:
     passes: str | tuple[str, ...] = "default"
     weights: Weights = "auto"
     inner: Inner = "inductor"
+    target: Target = "auto"
     mode: Mode | None = None
     strict: bool = False
     verify: bool = False
     report: Show = "auto"
 
     def __post_init__(self) -> None:
-        for name, allowed in (("weights", Weights), ("inner", Inner), ("report", Show)):
+        for name, allowed in (("weights", Weights), ("inner", Inner), ("target", Target), ("report", Show)):
             _check_choice(name, getattr(self, name), get_args(allowed))
         _check_choice("mode", self.mode, (None, *get_args(Mode)))
         for name in ("strict", "verify"):
@@ -50,7 +55,7 @@ class Options:
             object.__setattr__(self, "passes", "default" if chosen == ("default",) else chosen)
         if self.mode not in (None, "default") and self.inner != "inductor":
             raise OptionError(f"mode={self.mode!r} is for inner='inductor', not inner={self.inner!r}")
-        pipeline.selected(self.passes, self.inner)
+        pipeline.selected(self.passes, self.inner, self.target)
 
     @classmethod
     def of(cls, given: Mapping[str, Any] | None) -> "Options":
@@ -60,6 +65,12 @@ class Options:
         if unknown:
             raise OptionError(f"unknown option {unknown[0]!r}: known are {', '.join(known)}")
         return cls(**(given or {}))
+
+    def target_for(self, inputs: Iterable[Any]) -> str:
+        """The target of a graph with these inputs."""
+        if self.target != "auto":
+            return self.target
+        return "cuda" if any(isinstance(x, torch.Tensor) and x.is_cuda for x in inputs) else "cpu"
 
     def given(self) -> dict[str, Any]:
         """The options that differ from the defaults."""

@@ -46,6 +46,8 @@ def rewrite(
     passes: str | Sequence[str] = "default",
     weights: str = "auto",
     inner: str = "eager",
+    target: str = "auto",
+    dynamic: bool = True,
 ) -> Rewritten:
     """Rewrite a graph module; the one given is neither changed nor shared with.
 
@@ -53,16 +55,19 @@ def rewrite(
         graph_module: any torch.fx.GraphModule, or a module that make_fx can trace.
         example_inputs: positional inputs; their dtypes are taken as they are; sizes other than 0 and 1 may
             vary later, as far as the module does not branch on them.
-        passes, weights, inner: as in `fxfuse.runtime.options.Options`; `inner` says for whom to lower.
+        passes, weights, inner, target: as in `fxfuse.runtime.options.Options`; `inner` and `target` say for
+            whom to lower.
+        dynamic: False takes every size as it is in `example_inputs`, which traces in a fraction of the time.
 
     Raises OptionError for an unknown pass. A graph without the idiom comes back as it was, with an empty
     plan.
     """
-    options = Options.of({"passes": passes, "weights": weights, "inner": inner})
+    options = Options.of({"passes": passes, "weights": weights, "inner": inner, "target": target})
     started = time.perf_counter()
     tensors = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers())}
-    program = traced(graph_module, tensors, example_inputs, options)
-    rewritten, outcomes = pipeline.apply(program, pipeline.selected(options.passes, options.inner))
+    program = traced(graph_module, tensors, example_inputs, options, dynamic)
+    target = options.target_for((*tensors.values(), *example_inputs))
+    rewritten, outcomes = pipeline.apply(program, pipeline.selected(options.passes, options.inner, target))
     plan = rewritten.plan()
     record = GraphRecord(
         "graph", len(program.graph.nodes), len(rewritten.graph.nodes), inner, outcomes, plan.digest
@@ -77,12 +82,16 @@ def rewrite(
 
 
 def traced(
-    graph_module: nn.Module, tensors: dict[str, Tensor], inputs: Sequence[Any], options: Options
+    graph_module: nn.Module,
+    tensors: dict[str, Tensor],
+    inputs: Sequence[Any],
+    options: Options,
+    dynamic: bool = True,
 ) -> Program:
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [
         *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
-        *(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in inputs),
+        *(mode.from_tensor(x, static_shapes=not dynamic) if isinstance(x, Tensor) else x for x in inputs),
     ]
 
     def call(*args: Any) -> Any:

@@ -1,0 +1,107 @@
+"""A rule that replaces every occurrence of a formula by one call."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.passes.judge import Judge
+from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.storage_writes import equal_sizes
+from fxfuse.patterns.formula import Formula
+from fxfuse.patterns.matcher import Bound, matches
+
+
+@dataclass(frozen=True)
+class FormulaRule:
+    """`formula` becomes `target(*arguments, *constants)`, whose result has the dtype of its first argument.
+
+    Attributes:
+        arguments: names of variables and scalars of the formula, in the order of the operator's.
+        constants: further arguments of the operator.
+        refuse: a reason to leave what the formula was bound to alone, or None.
+    """
+
+    name: str
+    formula: Formula
+    target: str
+    arguments: tuple[str, ...]
+    constants: tuple[Any, ...] = ()
+    refuse: Callable[[Bound], str | None] = lambda bound: None
+
+    def run(self, program: Program) -> Outcome:
+        """Rewrite from the graph's end, where the widest occurrences begin."""
+        outcome, guards, judge = Outcome(), Guards(program), Judge()
+        done: set[Node] = set()
+        found: list[tuple[Node, Bound, list[Node]]] = []
+        for node in reversed(list(program.graph.nodes)):
+            if node in done or node.op != "call_function":
+                continue
+            bound = next((b for b in matches(self.formula, node) if self._fits(node, b)), None)
+            if bound is None:
+                continue
+            region = behind([node], set(_nodes(bound)))
+            why = self._reason(guards, judge, region, node, bound)
+            if why is None:
+                found.append((node, bound, region))
+                done.update(region)
+            else:
+                outcome.misses.append(Miss(self.name, module_path(node), why[0].name, why[1]))
+                done.add(node)
+        replaced: dict[Node, Node] = {}
+        for node, bound, region in reversed(found):
+            operands = [replaced.get(o, o) if isinstance(o, Node) else o for o in self._operands(bound)]
+            with program.graph.inserting_before(node):
+                new = replaced[node] = call(program, node, self.operator(), *operands)
+            node.replace_all_uses_with(new)
+            members = tuple(program.weights[n.name].name for n in _nodes(bound) if n.name in program.weights)
+            outcome.matches.append(Match(self.name, module_path(node), members, f"{len(region)} calls → 1"))
+        for _, _, region in found:
+            erase(program, region)
+        return outcome
+
+    def operator(self) -> Any:
+        return getattr(torch.ops.fxfuse, self.target).default
+
+    def _operands(self, bound: Bound) -> list[Any]:
+        return [*(bound[name] for name in self.arguments), *self.constants]
+
+    def _fits(self, node: Node, bound: Bound) -> bool:
+        nodes = _nodes(bound)
+        if len(set(nodes)) < len(nodes):  # x · sigmoid(x) is no gated tensor
+            return False
+        first = bound[self.arguments[0]].meta["val"]
+        value = node.meta.get("val")
+        return (
+            isinstance(value, torch.Tensor)
+            and value.dtype == first.dtype
+            and equal_sizes(value.shape, first.shape)
+        )
+
+    def _reason(
+        self, guards: Guards, judge: Judge, region: Sequence[Node], node: Node, bound: Bound
+    ) -> tuple[Node, str] | None:
+        why = self.refuse(bound)
+        if why is not None:
+            return node, why
+        dtype = node.meta["val"].dtype
+        found = guards.reason(region, [node], {dtype, torch.promote_types(dtype, torch.float32)})
+        if found is not None:
+            return found
+        operands = self._operands(bound)
+
+        def candidate(values: Any) -> Sequence[torch.Tensor]:
+            return [self.operator()(*(values[o] if isinstance(o, Node) else o for o in operands))]
+
+        name = f"{self.target} {[o for o in operands if not isinstance(o, Node)]}"
+        if not judge.equal(region, [node], candidate, name):
+            return node, f"run on random values it is no {self.target}"
+        return None
+
+
+def _nodes(bound: Bound) -> list[Node]:
+    return [value for value in bound.values() if isinstance(value, Node)]

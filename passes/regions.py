@@ -1,0 +1,122 @@
+"""A part of a graph that one call is to replace: its nodes, why it may not be, and the replacement."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.passes.modes import PLAIN, modes
+from fxfuse.passes.program import Program
+from fxfuse.passes.storage_writes import StorageWrites, storage_of, written_by
+from fxfuse.patterns.matcher import is_cast
+
+
+def behind(outputs: Iterable[Node], inputs: Collection[Node]) -> list[Node]:
+    """The call nodes that the outputs are computed from, up to the inputs, in graph order."""
+    found: set[Node] = set()
+    waiting = [node for node in outputs if node not in inputs]
+    while waiting:
+        node = waiting.pop()
+        if node in found or node.op != "call_function":
+            continue
+        found.add(node)
+        waiting += [n for n in node.all_input_nodes if n not in inputs and _is_computed(n)]
+    return _ordered(found)
+
+
+def _is_computed(node: Node) -> bool:
+    return node.op == "call_function" and isinstance(node.meta.get("val"), (Tensor, list, tuple))
+
+
+def _ordered(nodes: Collection[Node]) -> list[Node]:
+    if not nodes:
+        return []
+    graph = next(iter(nodes)).graph
+    return [node for node in graph.nodes if node in nodes]
+
+
+def read_by(region: Sequence[Node]) -> list[Node]:
+    """The nodes outside a region that it reads, sizes too."""
+    inside = set(region)
+    return list(dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside))
+
+
+class Guards:
+    """Reasons to leave a region of one program alone."""
+
+    def __init__(self, program: Program) -> None:
+        self.writes = StorageWrites(program.graph)
+        self.modes = modes(program.graph, program.grad_enabled)
+        self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+
+    def reason(
+        self,
+        region: Sequence[Node],
+        outputs: Collection[Node],
+        dtypes: Collection[torch.dtype],
+        states: Collection[Node] = (),
+    ) -> tuple[Node, str] | None:
+        """The node that decides, and why; None where the region may be replaced by one call at its end.
+
+        Args:
+            outputs: nodes of the region that may be used outside.
+            dtypes: floating dtypes that values inside may have.
+            states: inputs that the region writes, and the call that replaces it.
+        """
+        inside = set(region)
+        for node in region:
+            if self.modes[node] != PLAIN:
+                return node, "grad mode or autocast is on here: call under torch.no_grad()"
+            user = next((user for user in node.users if user not in inside), None)
+            if user is not None and node not in outputs and not _is_view_of_input(node, inside):
+                return node, f"{node.name} is used by {user.name} outside"
+            value = node.meta.get("val")
+            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes:
+                return node, f"{node.name} is {value.dtype}, which the computation is not rounded to"
+        return self._disturbed(region, states)
+
+    def _disturbed(self, region: Sequence[Node], states: Collection[Node]) -> tuple[Node, str] | None:
+        inside, written = set(region), {storage_of(state) for state in states}
+        own = {storage_of(node) for node in region} - {None}
+        given = {storage_of(node) for node in read_by(region)} - {None}
+        first, last = self.position[region[0]], self.position[region[-1]]
+        for node, place in self.position.items():
+            if node in inside:
+                for target in written_by(node):
+                    storage = storage_of(target)
+                    if storage in given and storage not in written:
+                        return node, f"{node.name} writes to an input of the computation"
+                continue
+            targets = {storage_of(target) for target in written_by(node)}
+            if first < place < last and targets & given:
+                return node, f"{node.name} writes to what the computation reads, in its midst"
+            if targets & (own - given):
+                return node, f"{node.name} writes to a value inside the computation"
+            if first < place < last and written & {storage_of(n) for n in node.all_input_nodes} - {None}:
+                return node, f"{node.name} reads a state while it is being written"
+        return None
+
+
+def _is_view_of_input(node: Node, inside: Collection[Node]) -> bool:
+    """A cast of an input, which may stay in the graph for others."""
+    while is_cast(node):
+        node = node.args[0]  # type: ignore[assignment]
+        if node not in inside:
+            return True
+    return False
+
+
+def call(program: Program, like: Node, target: Any, *args: Any) -> Node:
+    """A new call at the insertion point, of the module that `like` belongs to."""
+    node = program.graph.call_function(target, args)
+    node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
+    return node
+
+
+def erase(program: Program, region: Sequence[Node]) -> None:
+    """Remove the nodes that nobody uses any more, writes as well."""
+    for node in reversed(region):
+        if not node.users:
+            program.graph.erase_node(node)

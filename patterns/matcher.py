@@ -1,0 +1,348 @@
+"""Formulas found in a graph in normal form.
+
+A node is read as a product, a sum or a function by tables over operator names, one level at a time and only
+as far as the formula asks: `div(x, sqrt(y))` is x·y^-½, `silu(x)` is x·sigmoid(x), `mean(x)` is sum(x)·(1/n).
+Casts are looked through everywhere; a variable is bound to the value before a cast that loses nothing.
+Whether what a match leaves out (roundings, writes, other users) may be left out is for its caller to say.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.patterns import readings
+from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
+
+
+@dataclass(frozen=True)
+class Virtual:
+    """A part of an operator that is no node of the graph: the sigmoid inside a silu, say."""
+
+    function: str
+    argument: Term
+    constant: float = 0.0
+
+
+Term = Node | Virtual
+Bound = Mapping[str, Any]  # variables to nodes, scalars to numbers
+Items = list[tuple[Term, float]]  # factors with exponents, or terms with coefficients
+
+
+def matches(formula: Formula, node: Node) -> Iterator[Bound]:
+    """Every way to read the node as the formula."""
+    yield from _match(formula, node, {})
+
+
+def _match(formula: Formula, term: Term, bound: Bound) -> Iterator[Bound]:
+    if isinstance(formula, Var):
+        yield from _bind(formula, term, bound)
+    elif isinstance(formula, Product):
+        yield from _product(_rigid_first(formula.factors), [(term, 1.0)], 1.0, formula.constant, bound)
+    elif isinstance(formula, Sum):
+        terms = _rigid_first([(part, 1.0) for part in formula.terms])
+        yield from _sum(terms, [(term, 1.0)], 0.0, formula.constant, bound)
+    elif isinstance(formula, Call):
+        for argument in _arguments(formula.function, _uncast(term)):
+            yield from _match(formula.argument, argument, bound)
+
+
+def _bind(variable: Var, term: Term, bound: Bound) -> Iterator[Bound]:
+    if not isinstance(term, Node):
+        return
+    node = _before_exact_casts(term)
+    if variable.dims is not None:
+        node = _before_broadcast(node, variable.dims)
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return
+    if variable.dims is not None and value.dim() != variable.dims:
+        return
+    if bound.get(variable.name, node) is node:
+        yield {**bound, variable.name: node}
+
+
+def _rigid_first(parts: Sequence[tuple[Formula, float]]) -> list[tuple[Formula, float]]:
+    """Functions and sums before variables: those say what the variables are."""
+    return sorted(parts, key=lambda part: isinstance(part[0], Var))
+
+
+def _product(
+    wanted: Sequence[tuple[Formula, float]], items: Items, constant: float, result: float, bound: Bound
+) -> Iterator[Bound]:
+    if not wanted:
+        if not items and math.isclose(constant, result, rel_tol=1e-6):
+            yield bound
+        return
+    (formula, exponent), *rest = wanted
+    for i, (term, power) in enumerate(items):
+        others = items[:i] + items[i + 1 :]
+        for reading in _readings(formula, exponent, power):
+            for found in _match(reading, term, bound):
+                yield from _product(rest, others, constant, result, found)
+        factors = _factors(_uncast(term))
+        if factors is not None and _may_raise(factors, power):
+            number, parts = factors
+            merged = _merged(others + [(part, p * power) for part, p in parts])
+            yield from _product(wanted, merged, constant * number**power, result, bound)
+
+
+def _readings(formula: Formula, exponent: float, power: float) -> Iterator[Formula]:
+    """The formulas whose `power` is what is wanted to the `exponent`."""
+    if power == exponent:
+        yield formula
+    elif power == -exponent and isinstance(formula, Call) and formula.function == "sigmoid":
+        yield 1.0 + Call("exp", -formula.argument)
+
+
+def _may_raise(factors: tuple[float, Items], power: float) -> bool:
+    """(x^a)^b = x^(a·b) for every real x: whole b, or one factor that is no even power."""
+    number, parts = factors
+    return power == int(power) or (len(parts) == 1 and parts[0][1] in (1.0, -1.0) and number > 0)
+
+
+def _merged(items: Items) -> Items:
+    powers: dict[Term, float] = {}
+    terms: dict[Term, Term] = {}
+    for term, power in items:
+        key = _uncast(term)
+        powers[key] = powers.get(key, 0.0) + power
+        terms.setdefault(key, term)
+    return [(terms[key], power) for key, power in powers.items() if power]
+
+
+def _sum(
+    wanted: Sequence[tuple[Formula, float]],
+    items: Items,
+    constant: float,
+    result: float | Scalar,
+    bound: Bound,
+) -> Iterator[Bound]:
+    if not wanted:
+        if items:
+            return
+        if isinstance(result, Scalar):
+            if bound.get(result.name, constant) == constant:
+                yield {**bound, result.name: constant}
+        elif math.isclose(constant, result, rel_tol=1e-6):
+            yield bound
+        return
+    (formula, factor), *rest = wanted
+    for i, (term, times) in enumerate(items):
+        others = items[:i] + items[i + 1 :]
+        if times == factor:
+            for found in _match(formula, term, bound):
+                yield from _sum(rest, others, constant, result, found)
+        addends = _addends(_uncast(term))
+        if addends is not None:
+            number, parts = addends
+            more = others + [(part, t * times) for part, t in parts]
+            yield from _sum(wanted, more, constant + number * times, result, bound)
+
+
+# The tables: how operators read as products, sums and functions.
+
+
+def _factors(term: Term) -> tuple[float, Items] | None:
+    if isinstance(term, Virtual):
+        return (1.0, [(term.argument, term.constant)]) if term.function == "power" else None
+    reading = _FACTORS.get(str(term.target))
+    return reading(*term.args) if reading is not None and _plain(term) else None
+
+
+def _addends(term: Term) -> tuple[float, Items] | None:
+    if isinstance(term, Virtual):
+        return (term.constant, [(term.argument, 1.0)]) if term.function == "shifted" else None
+    scaled = _factors(term)
+    if scaled is not None:  # -x and 2·x, as a term
+        number, parts = scaled
+        return (0.0, [(parts[0][0], number)]) if len(parts) == 1 and parts[0][1] == 1.0 else None
+    if str(term.target) not in readings.SUMS or len(term.args) < 2:
+        return None
+    a, b, *rest = term.args
+    alpha = rest[0] if rest else term.kwargs.get("alpha", 1)
+    if not isinstance(alpha, (int, float)) or set(term.kwargs) - {"alpha"}:
+        return None
+    first, second = readings.SUMS[str(term.target)]
+    weights = (first * (alpha if first < 0 else 1), second * (1 if first < 0 else alpha))
+    number, parts = 0.0, []
+    for operand, weight in zip((a, b), weights, strict=True):
+        if isinstance(operand, Node):
+            parts.append((operand, float(weight)))
+        elif isinstance(operand, (int, float)):
+            number += operand * weight
+        else:
+            return None
+    return number, parts  # type: ignore[return-value]
+
+
+def _plain(node: Node) -> bool:
+    return node.op == "call_function" and not (set(node.kwargs) - {"dtype", "keepdim"})
+
+
+def _operands(*operands: tuple[Any, float]) -> tuple[float, Items] | None:
+    number, parts = 1.0, []
+    for operand, power in operands:
+        if isinstance(operand, Node):
+            parts.append((operand, power))
+        elif isinstance(operand, (int, float)) and not isinstance(operand, bool) and operand != 0:
+            number *= float(operand) ** power
+        else:
+            return None
+    return number, parts  # type: ignore[return-value]
+
+
+def _rms_norm_factors(x: Any, shape: Any, weight: Any = None, eps: Any = None) -> tuple[float, Items] | None:
+    if len(shape) != 1 or eps is None:
+        return None
+    inverse = Virtual("shifted", Virtual("mean", Virtual("power", x, 2.0)), float(eps))
+    return 1.0, [(x, 1.0), (inverse, -0.5), *([] if weight is None else [(weight, 1.0)])]
+
+
+_FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
+    "aten.mul.Tensor": lambda a, b: _operands((a, 1.0), (b, 1.0)),
+    "aten.mul.Scalar": lambda a, b: _operands((a, 1.0), (b, 1.0)),
+    "aten.multiply.Tensor": lambda a, b: _operands((a, 1.0), (b, 1.0)),
+    "aten.div.Tensor": lambda a, b: _operands((a, 1.0), (b, -1.0)),
+    "aten.div.Scalar": lambda a, b: _operands((a, 1.0), (b, -1.0)),
+    "aten.true_divide.Tensor": lambda a, b: _operands((a, 1.0), (b, -1.0)),
+    "aten.neg.default": lambda a: (-1.0, [(a, 1.0)]),
+    "aten.square.default": lambda a: (1.0, [(a, 2.0)]),
+    "aten.sqrt.default": lambda a: (1.0, [(a, 0.5)]),
+    "aten.rsqrt.default": lambda a: (1.0, [(a, -0.5)]),
+    "aten.reciprocal.default": lambda a: (1.0, [(a, -1.0)]),
+    "aten.pow.Tensor_Scalar": lambda a, b: (
+        (1.0, [(a, float(b))]) if isinstance(b, (int, float)) and b != 0 else None
+    ),
+    "aten.silu.default": lambda a: (1.0, [(a, 1.0), (Virtual("sigmoid", a), 1.0)]),
+    "aten.rms_norm.default": _rms_norm_factors,
+}
+
+
+def _arguments(function: str, term: Term) -> Iterator[Term]:
+    """What the term is the function of."""
+    if isinstance(term, Virtual):
+        if term.function == function:
+            yield term.argument
+        return
+    name = str(term.target)
+    if function == "mean":
+        yield from _averaged(term)
+    elif function == "softplus":
+        if name == "aten.softplus.default" and len(term.args) == 1 and not term.kwargs:
+            yield term.args[0]  # type: ignore[misc]
+        elif name == "aten.log1p.default":
+            yield from _arguments("exp", _uncast(term.args[0]))  # type: ignore[arg-type]
+        elif name == "aten.log.default":
+            yield from _one_plus_exp(term.args[0])  # type: ignore[arg-type]
+    elif name == f"aten.{function}.default":
+        yield term.args[0]  # type: ignore[misc]
+    elif function == "sigmoid":
+        for power, inner in _inverses(term):
+            if power == -1.0:
+                for negative in _one_plus_exp(inner):
+                    factors = _factors(_uncast(negative))
+                    if factors is not None and factors[0] == -1.0 and len(factors[1]) == 1:
+                        yield factors[1][0][0]
+
+
+def _inverses(term: Term) -> Iterator[tuple[float, Term]]:
+    factors = _factors(term)
+    if factors is not None and factors[0] == 1.0 and len(factors[1]) == 1:
+        part, power = factors[1][0]
+        yield power, part
+
+
+def _one_plus_exp(term: Term) -> Iterator[Term]:
+    addends = _addends(_uncast(term))
+    if addends is not None and addends[0] == 1.0 and len(addends[1]) == 1 and addends[1][0][1] == 1.0:
+        yield from _arguments("exp", _uncast(addends[1][0][0]))
+
+
+def _averaged(term: Node) -> Iterator[Term]:
+    """The x of mean(x, -1, keepdim=True), sum(x, -1, keepdim=True) / n and their like."""
+    if str(term.target) == "aten.mean.dim" and _over_last(term):
+        yield term.args[0]  # type: ignore[misc]
+        return
+    number, items = 1.0, [(term, 1.0)]
+    while len(items) == 1 and items[0][1] == 1.0 and isinstance(items[0][0], Node):
+        node = _uncast(items[0][0])
+        if isinstance(node, Node) and str(node.target) == "aten.sum.dim_IntList":
+            count = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
+            whole = round(1 / number)
+            exact = math.isclose(number * whole, 1, rel_tol=1e-6)
+            if _over_last(node) and exact and statically_known_true(count == whole):
+                yield node.args[0]  # type: ignore[misc]
+            return
+        factors = _factors(node)
+        if factors is None:
+            return
+        number, items = number * factors[0], factors[1]  # type: ignore[assignment]
+
+
+def _over_last(node: Node) -> bool:
+    dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+    keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+    last = node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    return keeps is True and isinstance(dims, (list, tuple)) and [d % (last + 1) for d in dims] == [last]
+
+
+# What is looked through.
+
+
+def is_cast(node: Node) -> bool:
+    """Whether a call changes nothing but dtype or strides; a cast to integers does more."""
+    value = node.meta.get("val")
+    return (
+        node.op == "call_function"
+        and str(node.target) in readings.CASTS
+        and isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and isinstance(node.args[0], Node)
+        and node.args[0].meta["val"].is_floating_point()
+    )
+
+
+def _uncast(term: Term) -> Term:
+    """The term before casts and before it was given leading dimensions."""
+    while isinstance(term, Node) and (is_cast(term) or _is_broadcast(term)):
+        term = term.args[0]  # type: ignore[assignment]
+    return term
+
+
+def _is_broadcast(node: Node) -> bool:
+    """Whether a call repeats its input along new or single leading dimensions, or adds those."""
+    source = node.args[0] if str(node.target) in readings.BROADCASTS else None
+    if not isinstance(source, Node) or not isinstance(source.meta.get("val"), torch.Tensor):
+        return False
+    value, before = node.meta["val"], source.meta["val"]
+    if before.dim() > value.dim():
+        return False
+    ends = zip(before.shape[::-1], value.shape[::-1], value.stride()[::-1], strict=False)
+    if not all(statically_known_true(a == b) or (a == 1 and stride == 0) for a, b, stride in ends):
+        return False
+    lead = zip(value.shape[: value.dim() - before.dim()], value.stride(), strict=False)
+    return all(statically_known_true(size == 1) or stride == 0 for size, stride in lead)
+
+
+def _before_exact_casts(node: Node) -> Node:
+    while is_cast(node):
+        source: Node = node.args[0]  # type: ignore[assignment]
+        given, got = source.meta["val"].dtype, node.meta["val"].dtype
+        if torch.promote_types(given, got) != got:
+            return node
+        node = source
+    return node
+
+
+def _before_broadcast(node: Node, dims: int) -> Node:
+    """The tensor of so many dimensions whose elements stand in the last ones of the node."""
+    while _is_broadcast(node) and node.args[0].meta["val"].dim() >= dims:  # type: ignore[union-attr]
+        node = _before_exact_casts(node.args[0])  # type: ignore[arg-type]
+    return node

@@ -1,0 +1,35 @@
+"""How single operators read in a formula, by name."""
+
+from fxfuse.patterns.ops import RESHAPES
+
+# Change dtype or strides and nothing else.
+CASTS = frozenset(
+    {
+        "aten._to_copy.default",
+        "aten.clone.default",
+        "aten.contiguous.default",
+        "aten.to.dtype",
+        "aten.to.dtype_layout",
+        "aten.to.other",
+        "aten.type_as.default",
+    }
+)
+
+# Give a tensor leading dimensions.
+BROADCASTS = RESHAPES | frozenset(
+    {"aten.expand.default", "aten.expand_as.default", "aten.unsqueeze.default", "aten.slice.Tensor"}
+)
+
+# Sums of two operands, with the signs that they have.
+SUMS = {
+    "aten.add.Tensor": (1, 1),
+    "aten.add.Scalar": (1, 1),
+    "aten.sub.Tensor": (1, -1),
+    "aten.sub.Scalar": (1, -1),
+    "aten.rsub.Tensor": (-1, 1),
+    "aten.rsub.Scalar": (-1, 1),
+}
+
+CONV1D = "aten.conv1d.default"
+SDPA = "aten.scaled_dot_product_attention.default"
+CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
