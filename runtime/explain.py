@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.runtime import backend, leaves
-from fxfuse.runtime.optimize import compile_limits
+from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
 
@@ -45,9 +45,7 @@ def explain(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_memory(model, mode)
     session = backend.Session(report, twin, dry_run=True, refusals=backend.refusals_of(model))
-    run = torch.compile(
-        twin, backend=backend.backend, options=options.given(), dynamic=False, **compile_limits()
-    )
+    run = compiled_call(twin, options, dynamic=False)
     token = backend.current_session.set(session)
     try:
         with mode, torch.no_grad():

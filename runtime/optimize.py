@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from fxfuse.runtime.report import Report
 
 log = logging.getLogger("fxfuse")
 
-# transformers' models share one guarded frame: torch's limit of 8 would leave the ninth in a process eager.
+# Prompts and tokens, over either cache, with and without gradients: more than torch's 8 for one function.
 RECOMPILE_LIMIT = 64
 NOTHING_CAPTURED = (
     "torch.compile captured no graph: the model runs as it was (it skips torch.nn's own classes, such as "
@@ -100,14 +101,7 @@ def optimize(
         deoptimize(model)
     leaves.install()
     state = State(options, dynamic, Report(), model._compiled_call_impl)
-    model.compile(
-        backend=backend.backend,
-        options=options.given(),
-        dynamic=dynamic,
-        **compile_limits(),
-    )
-    compiled = model._compiled_call_impl
-    assert compiled is not None
+    compiled = compiled_call(model, options, dynamic)
     session = backend.Session(state.report, model)
     model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)
     state.entry = ref(entry)
@@ -115,13 +109,31 @@ def optimize(
     return given
 
 
-def compile_limits() -> dict[str, Any]:
-    """Keywords of torch.compile that keep one model's graphs apart from another's."""
-    known = inspect.signature(torch.compile).parameters
-    if "isolate_recompiles" in known and "recompile_limit" in known:
-        return {"isolate_recompiles": True, "recompile_limit": RECOMPILE_LIMIT}
+def compiled_call(model: nn.Module, options: Options, dynamic: bool | None) -> Callable[..., Any]:
+    """What torch.compile makes of the model's call, with compiled graphs of its own.
+
+    Dynamo keeps graphs and their guards by code object, and the outermost one of every transformers model is
+    the same decorator: there, one model's graphs count towards the limit of another, and two threads in two
+    models get in each other's way while they look for theirs. So each model is called from code of its own.
+    """
+    call = nn.Module._call_impl
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return call(model, *args, **kwargs)
+
+    own = types.FunctionType(
+        forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__
+    )
+    return torch.compile(
+        own, backend=backend.backend, options=options.given(), dynamic=dynamic, **_graph_limit()
+    )
+
+
+def _graph_limit() -> dict[str, Any]:
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        return {"recompile_limit": RECOMPILE_LIMIT}
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
-    return {}
+    return {}  # torch 2.11 and 2.12 know one limit, that of the process
 
 
 def _entry(

@@ -13,8 +13,8 @@ PAIR = ("linear_attention", "full_attention")
 def _fresh_dynamo() -> Iterator[None]:
     """Each file starts with an empty compile cache.
 
-    transformers' models share one guarded frame. When plain torch.compile calls reach its limit of graphs,
-    Dynamo leaves that frame alone for the rest of the process, and every model after it runs eagerly.
+    Plain torch.compile calls of transformers' models share one code object. When they reach its limit of
+    graphs, Dynamo leaves it alone for the rest of the process, and later ones run eagerly.
     """
     yield
     import torch
