@@ -16,11 +16,11 @@ from fxfuse.passes.weights import Draft, WeightPlan
 from fxfuse.runtime.checkpoint_writer import Progress, carry_files, new_directory, write_tensors, write_text
 from fxfuse.runtime.families import family_of
 from fxfuse.runtime.headers import PLAN, read_config, read_plan, read_tensors
-from fxfuse.runtime.layouts.geometry import text_config
 from fxfuse.runtime.layouts.scales import SCALES
 from fxfuse.runtime.plan import plan_and_origin
 from fxfuse.runtime.safetensors_file import Entry
 from fxfuse.runtime.streaming import Files, PlannedTensors
+from fxfuse.runtime.template import decoder_on_meta, load_config
 
 SHARD_BYTES = 5 * 10**9
 
@@ -224,17 +224,7 @@ def _check_scales(entries: Mapping[str, Entry]) -> None:
 
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Shapes of the decoder's tensors by the names of a two-part and of a text model, experts left out."""
-    from transformers import AutoModel
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    try:
-        with torch.device("meta"):
-            loaded = CONFIG_MAPPING[config["model_type"]].from_dict(dict(config))
-            decoder = AutoModel.from_config(text_config(loaded))
-    except Exception as error:
-        raise CheckpointError(
-            f"config.json describes no model that transformers can build ({error})"
-        ) from error
+    decoder = decoder_on_meta(load_config(config))
     shapes = {
         name: tuple(tensor.shape) for name, tensor in decoder.named_parameters() if ".experts." not in name
     }

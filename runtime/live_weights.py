@@ -71,11 +71,21 @@ class Packed:
             if member.data_ptr() != part.data_ptr():
                 part.copy_(member.detach())
                 alias = torch.from_dlpack(part)
-                storage = alias.untyped_storage()
-                storage.fused = tensor  # type: ignore[attr-defined]
-                self._aliases[i] = StorageWeakRef(storage)
+                self._own(i, alias, tensor)
                 member.data = alias
             _packed_by[member] = self
+
+    def adopt(self, members: Sequence[Tensor], tensor: Tensor) -> None:
+        """Take for packed the members that were made over the rows of `tensor`."""
+        for i, member in enumerate(members):
+            self._own(i, member, tensor)
+            _packed_by[member] = self
+
+    def _own(self, i: int, alias: Tensor, tensor: Tensor) -> None:
+        """The storage of a member keeps the fused memory alive."""
+        storage = alias.untyped_storage()
+        storage.fused = tensor  # type: ignore[attr-defined]
+        self._aliases[i] = StorageWeakRef(storage)
 
     def contains(self, parameter: Tensor) -> bool:
         return self.tensor() is not None and parameter.data_ptr() in self._pointers
@@ -86,6 +96,25 @@ def _kind(members: Sequence[Tensor]) -> tuple[object, ...]:
 
 
 _packed_by: Any = WeakTensorKeyDictionary()
+
+
+def packed_parameters(
+    members: Sequence[Tensor], device: torch.device | str | None = None
+) -> list[nn.Parameter]:
+    """Parameters like these, which may be on the meta device, over one fresh fused weight in this order.
+
+    Nothing is written to them: what is loaded into them is packed from the start.
+    """
+    first, rows = members[0], [m.shape[0] for m in members]
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        tensor = torch.empty((sum(rows), *first.shape[1:]), dtype=first.dtype, device=device)
+        made = [
+            nn.Parameter(torch.from_dlpack(part), requires_grad=member.requires_grad)
+            for member, part in zip(members, tensor.split(rows), strict=True)
+        ]
+        packed = Packed(made, tensor)
+        packed.adopt(made, tensor)
+    return made
 
 
 class SharedSlot:

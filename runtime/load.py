@@ -3,16 +3,18 @@
 import os
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
+from fxfuse.errors import CheckpointError
 from fxfuse.passes.weights import TensorSpec, WeightPlan
-from fxfuse.passes.weights.plan import DECODER_PREFIXES
+from fxfuse.passes.weights.transform import filled_target
+from fxfuse.runtime.decoder_stack import inner_model, plain_tensors
 from fxfuse.runtime.headers import read_plan, read_tensors
+from fxfuse.runtime.materialise import Materialised
 from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin
+from fxfuse.runtime.recognise import back_through, bare, way_back
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
 # tensors of which a model has no parameter unless it says so: transformers leaves them out on load, too
@@ -29,30 +31,29 @@ def load_state_dict(
     """Copy weights into the parameters and buffers of `model`, which keep their memory, dtypes and devices.
 
     A directory is read a piece at a time. Since parameters of an optimised model share the memory of the
-    fused weights, a fused checkpoint goes straight into them.
+    fused weights, a fused checkpoint goes straight into them. What is on the meta device gets memory on
+    torch's default device, the members of fused weights packed already: there is never a second copy, and
+    the parameters are new objects. Of a wrapped model (PEFT, DDP, ...) the transformers model inside is
+    loaded, and adapters stay.
 
     Args:
-        model: a transformers model of a known family, its parameters in memory.
+        model: a transformers model of a known family.
         path_or_dict: a checkpoint directory, or tensors by name; `model.` and `model.language_model.` are
-        one. layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out.
+            one.
+        layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out.
 
     Raises:
-        CheckpointError: names every tensor that is missing, unexpected or of another shape; the model is then
-            unchanged.
+        CheckpointError: names every tensor that is missing, unexpected, doubled or of another shape; the
+            model is then unchanged.
         PlanError: an unknown layout, or one that cannot be told.
-        UnsupportedModelError: an unknown family, or parameters without memory.
+        UnsupportedModelError: an unknown family, or a buffer on the meta device that no file has and
+            transformers does not compute.
     """
-    own = model.state_dict(keep_vars=True)
-    meta = [name for name, tensor in own.items() if tensor.is_meta]
-    if meta:
-        raise UnsupportedModelError(
-            f"{meta[0]}: on the meta device ({len(meta)} in all), where nothing can be copied to; "
-            "give the model memory first, as from_pretrained does"
-        )
+    model = inner_model(model)
+    own = plain_tensors(model, buffers=True)
     if isinstance(path_or_dict, Mapping):
         specs = {name: TensorSpec(name, tuple(t.shape), str(t.dtype)) for name, t in path_or_dict.items()}
-        back = _back(model, own, specs, layout)
-        _load(model, own, _FromDict(back.apply(path_or_dict)))
+        _load(model, own, _FromDict(path_or_dict, _back(model, own, specs, layout)))
         return
     directory = Path(path_or_dict)
     entries = read_tensors(directory)
@@ -65,23 +66,30 @@ def load_state_dict(
 
 
 class _FromDict:
-    """Tensors in memory."""
+    """What a plan makes of tensors in memory, one at a time."""
 
-    def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, torch.Tensor], back: WeightPlan) -> None:
         self._tensors = tensors
-        self.shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        self._made = {transform.target.name: transform for transform in back.transforms}
+        used = {source.name for source in back.sources}
+        kept = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in used}
+        # a list: a name that is both kept and made comes twice
+        made = [(target.name, target.shape) for target in back.targets]
+        self.shapes = [*kept.items(), *made]
 
     def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements) of a tensor."""
-        yield 0, self._tensors[name].detach().reshape(-1)
+        made = self._made.get(name)
+        tensor = self._tensors[name] if made is None else filled_target(made, self._tensors)
+        yield 0, tensor.detach().reshape(-1)
 
 
 class _FromFiles:
-    """Tensors in files."""
+    """What a plan makes of tensors in files, piece by piece."""
 
     def __init__(self, tensors: PlannedTensors, files: Files) -> None:
         self._tensors, self._files = tensors, files
-        self.shapes = {name: tensors.describe(name).spec.shape for name in tensors.names}
+        self.shapes = [(name, tensors.describe(name).spec.shape) for name in tensors.names]
 
     def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements) of a tensor, piece by piece."""
@@ -101,44 +109,19 @@ def _back(
 ) -> WeightPlan:
     """The plan from the layout that the given tensors are in to the model's own."""
     if layout is not None:
-        there = plan(model, layout)
-        return _as_given(there).inverse().bind(given) if len(there) else there
-    names = {_bare(name) for name in given}
-    for candidate in LAYOUTS:
-        try:
-            there = plan(model, candidate)
-        except PlanError:  # a layout that this model cannot be in
-            continue
-        read, made = ({_bare(spec.name) for spec in specs} for specs in (there.sources, there.targets))
-        # all names: qwen3_next and sglang call different rows in_proj_qkvz
-        if (_layers(own) - read) | made <= names:
-            return _as_given(there).inverse().bind(given) if made else there
-    # what is missing, and what is not known, is said tensor by tensor
-    return WeightPlan()
-
-
-def _layers(own: Mapping[str, torch.Tensor]) -> set[str]:
-    """The names of the decoder's layers' tensors, by which a layout is told."""
-    return {bare for name in own if (bare := _bare(name)).startswith("layers.")}
-
-
-def _as_given(there: WeightPlan) -> WeightPlan:
-    """The same plan for tensors of any dtype."""
-    return WeightPlan(
-        tuple(replace(source, dtype=None) for source in there.sources),
-        tuple(replace(t, target=replace(t.target, dtype=None)) for t in there.transforms),
-        there.usages,
-    )
+        return back_through(plan(model, layout), given)
+    # where none fits, what is missing and what is not known is said tensor by tensor
+    return way_back(lambda known: plan(model, known), LAYOUTS, own, given) or WeightPlan()
 
 
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_FromDict | _FromFiles") -> None:
     """Check everything, and copy only then."""
-    homes = {_bare(name): name for name in own}
+    homes = {bare(name): name for name in own}
     ignored = [re.compile(p) for p in (*_IGNORED, *(getattr(model, _UNEXPECTED, None) or ()))]
     found: dict[str, str] = {}
     faults = []
-    for name, shape in tensors.shapes.items():
-        home = homes.get(_bare(name))
+    for name, shape in tensors.shapes:
+        home = homes.get(bare(name))
         if home is None:
             if not any(pattern.search(name) for pattern in ignored):
                 faults.append(f"{name}: unexpected; the model has no such tensor")
@@ -153,15 +136,11 @@ def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_Fr
     faults += [f"{name}: missing" for name, tensor in own.items() if id(tensor) not in there]
     if faults:
         raise CheckpointError("these tensors do not fit; the model is unchanged:\n  " + "\n  ".join(faults))
-    with torch.no_grad():
+    with Materialised(model, own) as given_memory, torch.no_grad():
         for home, name in found.items():
-            into = own[home]
+            into = given_memory.tensor(own[home])
             flat = into.view(-1) if into.is_contiguous() else torch.empty(into.numel(), dtype=into.dtype)
             for at, elements in tensors.parts(name):
                 flat[at : at + len(elements)].copy_(elements)
             if not into.is_contiguous():
                 into.copy_(flat.view(into.shape))
-
-
-def _bare(name: str) -> str:
-    return next(name.removeprefix(p) for p in DECODER_PREFIXES if name.startswith(p))

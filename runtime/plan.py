@@ -1,7 +1,8 @@
 """Plans by the name of a layout, for a model, a config or a checkpoint directory; no weight is read."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,9 @@ from fxfuse.runtime.layouts.merging import to_fused
 from fxfuse.runtime.layouts.scales import Step, with_scales
 from fxfuse.runtime.layouts.sglang import LOGICAL, to_sglang
 from fxfuse.runtime.layouts.tensor_parallel import shards
-from fxfuse.runtime.quantization import Scheme, scheme_of
+from fxfuse.runtime.quantization import scheme_of
+from fxfuse.runtime.recognise import way_back
+from fxfuse.runtime.template import load_config, template
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -54,9 +57,9 @@ def plan(
 
     A model gives the names and dtypes that it has inside of wrappers (PEFT, a value head, DDP,
     torch.compile), a checkpoint directory those of its headers, a config a template that `WeightPlan.bind`
-    completes. A directory that `fxfuse.convert` wrote may be in any layout, any other is in that of
-    transformers, its experts stacked or one by one. Tensors outside the decoder's layers (embeddings, head,
-    vision, `mtp.`) are never changed.
+    completes. A directory may be in any layout: `fxfuse.convert` leaves its plan in it, names that other
+    programs use are recognised. Tensors outside the decoder's layers (embeddings, head, vision, `mtp.`) are
+    never changed.
 
     Args:
         source: what the plan is for.
@@ -80,22 +83,13 @@ def plan_and_origin(
     """`plan`, and the plan to the same tensors from transformers' layout; raises what it raises."""
     if layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
-    family, config, tensors, earlier = _inspect(source)
-    if not family.groups and (layout not in _OF_EXPERTS or tp is not None):
-        raise PlanError(
-            f"{family.name}: only its experts are planned, as {' or '.join(_OF_EXPERTS)} and for one rank; "
-            f"not layout {layout!r}{'' if tp is None else f' for tp={tp}'}"
-        )
-    draft, origin = Draft(tensors), None
-    if earlier is not None:
-        back = earlier.inverse()
-        draft.then(back.transforms, back.usages)
-        origin = Draft(draft.tensors)
-    geometry = geometry_of(config) if tp is not None or layout in _BY_HEADS else Geometry()
-    geometry = with_experts(geometry, config, family.experts)
-    scheme = scheme_of(config)
-    steps = _steps(layout, tp, family, geometry, draft.tensors, scheme)
-    for transforms, usages in steps:
+    subject = _inspect(source)
+    draft, origin = Draft(subject.tensors), None
+    if isinstance(source, str | os.PathLike):
+        for back in _ways_back(Path(source), subject):
+            draft.then(back.transforms, back.usages)
+            origin = Draft(draft.tensors)
+    for transforms, usages in _steps(replace(subject, tensors=draft.tensors), layout, tp):
         draft.then(transforms, usages)
         if origin is not None:
             origin.then(transforms, usages)
@@ -103,15 +97,27 @@ def plan_and_origin(
     return planned, planned if origin is None else origin.plan()
 
 
-def _steps(
-    layout: str,
-    tp: tuple[int, int] | None,
-    family: Family,
-    geometry: Geometry,
-    tensors: Mapping[str, TensorSpec],
-    scheme: Scheme | None,
-) -> list[Step]:
+@dataclass(frozen=True)
+class _Subject:
+    """What is planned: its family, its config and its tensors."""
+
+    family: Family
+    config: Any
+    tensors: Mapping[str, TensorSpec]
+
+
+def _steps(subject: _Subject, layout: str, tp: tuple[int, int] | None = None) -> list[Step]:
     """The rank's shards, if any, and then the layout, from transformers' layout on."""
+    family, tensors = subject.family, subject.tensors
+    if not family.groups and (layout not in _OF_EXPERTS or tp is not None):
+        raise PlanError(
+            f"{family.name}: only its experts are planned, as {' or '.join(_OF_EXPERTS)} and for one rank; "
+            f"not layout {layout!r}{'' if tp is None else f' for tp={tp}'}"
+        )
+    by_heads = tp is not None or layout in _BY_HEADS
+    geometry = geometry_of(subject.config) if by_heads else Geometry()
+    geometry = with_experts(geometry, subject.config, family.experts)
+    scheme = scheme_of(subject.config)
     steps: list[Step] = []
     present = Draft(tensors)
     if tp is not None:
@@ -136,63 +142,66 @@ def _steps(
     return [*steps, (transforms, [])]
 
 
-def _inspect(source: Any) -> tuple[Family, Any, dict[str, TensorSpec], WeightPlan | None]:
-    """Family, config and tensors of a model, config or checkpoint directory, and the plan that made them."""
+def _inspect(source: Any) -> _Subject:
+    """Family, config and tensors of a model, config or checkpoint directory."""
     if isinstance(source, str | os.PathLike):
         config: Any = SimpleNamespace(**read_config(Path(source)))
-        family, tensors = family_of(getattr(config, "model_type", None)), read_headers(Path(source))
-        return family, config, tensors, _earlier(Path(source), tensors)
+        return _Subject(family_of(getattr(config, "model_type", None)), config, read_headers(Path(source)))
     if isinstance(source, torch.nn.Module):
         from transformers import PreTrainedModel
 
         model = source if isinstance(source, PreTrainedModel) else find_decoder(source).model
         config = getattr(model, "config", None)
-        return _family(config), config, _specs(plain_tensors(model)), None
+        tensors = plain_tensors(model).items()
+        specs = {name: TensorSpec(name, tuple(t.shape), str(t.dtype)) for name, t in tensors}
+        return _Subject(family_of(getattr(config, "model_type", None)), config, specs)
     if hasattr(source, "get_text_config"):
-        family = _family(source)
-        return family, source, _template(source, family), None
+        family, scheme = family_of(source.model_type), scheme_of(source)
+        if scheme is not None and scheme.plain is None:
+            raise PlanError(
+                f"weights quantised with {scheme.name}: only the files say which have scales; "
+                "give the checkpoint directory"
+            )
+        return _Subject(family, source, template(source, family, scheme))
     raise UnsupportedModelError(
         f"no plan for a {type(source).__name__}: give a transformers model, its config or a directory"
     )
 
 
-def _earlier(directory: Path, tensors: Mapping[str, TensorSpec]) -> WeightPlan | None:
-    """The plan that a converted directory was made with; CheckpointError if it does not fit the files."""
+def _ways_back(directory: Path, subject: _Subject) -> Iterator[WeightPlan]:
+    """Plans that lead, one after another, from a directory's tensors to transformers' layout."""
+    tensors = subject.tensors
     earlier = read_plan(directory)
-    for target in earlier.targets if earlier else ():
-        if tensors.get(target.name) != target:
-            raise CheckpointError(
-                f"{directory}: its plan made {target}, the files have {tensors.get(target.name)}; "
-                "convert again"
-            )
-    return earlier
+    if earlier is not None:
+        for target in earlier.targets:
+            if tensors.get(target.name) != target:
+                raise CheckpointError(
+                    f"{directory}: its plan made {target}, the files have {tensors.get(target.name)}; "
+                    "convert again"
+                )
+        back = earlier.inverse()
+        tensors = Draft(tensors).then(back.transforms, back.usages).tensors
+        yield back
+    if _lacks_a_group(subject.family, tensors):
+        scheme = scheme_of(subject.config)
+        if scheme is not None and scheme.plain is None:
+            return
+        config = load_config(vars(subject.config))
+        own = _Subject(subject.family, config, template(config, subject.family, scheme))
+
+        def there(layout: str) -> WeightPlan:
+            draft = Draft(own.tensors)
+            for transforms, usages in _steps(own, layout):
+                draft.then(transforms, usages)
+            return draft.plan()
+
+        found = way_back(there, LAYOUTS, own.tensors, tensors)
+        if found is not None and len(found):
+            yield found
 
 
-def _family(config: Any) -> Family:
-    """The family of a config; raises PlanError when its weights are quantised, and scales are not at hand."""
-    family = family_of(getattr(config, "model_type", None))
-    scheme = scheme_of(config)
-    if scheme is not None:
-        raise PlanError(
-            f"weights quantised with {scheme.name}: only the files say which have scales; "
-            "give the checkpoint directory"
-        )
-    return family
-
-
-def _specs(tensors: Mapping[str, torch.Tensor]) -> dict[str, TensorSpec]:
-    return {n: TensorSpec(n, tuple(tensor.shape), str(tensor.dtype)) for n, tensor in tensors.items()}
-
-
-def _template(config: Any, family: Family) -> dict[str, TensorSpec]:
-    """Tensors of the decoder that a config describes, without dtypes, where the family's files have it."""
-    from transformers import AutoModel
-
-    with torch.device("meta"):
-        decoder = AutoModel.from_config(config.get_text_config())
-    composite = config.model_type in family.composite_model_types
-    prefix = family.prefixes[0] if composite else "model."
-    return {
-        prefix + name: TensorSpec(prefix + name, tuple(parameter.shape))
-        for name, parameter in decoder.named_parameters(remove_duplicate=False)
-    }
+def _lacks_a_group(family: Family, tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether no layer has the linears of some group: another program may have merged them."""
+    layers = Decoder(family, Geometry(), tensors).of_layers()
+    members = {name.removesuffix(".weight") for _, layer in layers for name in layer}
+    return any(members.isdisjoint(group.members) for group in family.groups)

@@ -1,7 +1,7 @@
 """How a checkpoint's weights are quantised, by its config; what is no scale beside whole rows is refused."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fxfuse.errors import PlanError
@@ -14,12 +14,14 @@ class Scheme:
     """FP8 weights with scales of their own.
 
     `strategy` is what one scale is for: a whole "tensor", an output "channel", or a "block" of `block` rows
-    and columns. The name of a format in words goes into messages.
+    and columns. The name of a format in words goes into messages. `plain` lists modules that are left as they
+    are, by their names or the last parts of them; None where only the files say.
     """
 
     name: str
     strategy: str
     block: tuple[int, int] = (1, 1)
+    plain: tuple[str, ...] | None = None
 
 
 def scheme_of(config: Any) -> Scheme | None:
@@ -34,9 +36,12 @@ def scheme_of(config: Any) -> Scheme | None:
     if fields is None:
         return None
     fields = fields if isinstance(fields, Mapping) else vars(fields)
-    method = str(fields.get("quant_method", "")).lower()
+    method = fields.get("quant_method", "")
+    method = str(getattr(method, "value", method)).lower()  # transformers' configs hold an enum
     if method == "fp8":
-        return _of_blocks("fp8", fields.get("weight_block_size"), "tensor")
+        plain = fields.get("modules_to_not_convert") or ()
+        scheme = _of_blocks("fp8", fields.get("weight_block_size"), "tensor")
+        return replace(scheme, plain=tuple(map(str, plain)))
     if method == "compressed-tensors":
         return _of_compressed_tensors(fields)
     name = str(fields.get("quant_algo") or method or fields.get("gguf_file") or "an unknown method")

@@ -76,10 +76,11 @@ class WeightPlan:
     def bind(self, headers: Mapping[str, Any]) -> "WeightPlan":
         """This plan fitted to named tensors (anything with .shape and .dtype): dtypes, prefix and presence.
 
-        A dtype of None becomes the tensor's, names follow the prefix that the decoder has there, and a
-        transform none of whose sources is there is dropped. Raises PlanError, listing every fault, when the
-        sources of a transform are there in part, a shape or dtype differs, or a target's name is taken; and
-        when no source of the plan is there at all.
+        A dtype of None becomes the tensor's, names follow the prefix that the decoder has there, a scalar of
+        a template takes the shape that it is stored in ([1] or [1, 1], say), and a transform none of whose
+        sources is there is dropped. Raises PlanError, listing every fault, when the sources of a transform
+        are there in part, a shape or dtype differs, or a target's name is taken; and when no source of the
+        plan is there at all.
         """
         if not self.transforms:
             return self
@@ -109,9 +110,18 @@ class WeightPlan:
         ]
         if faults:
             raise PlanError("the plan does not fit these tensors:\n  " + "\n  ".join(faults))
+        shapes = {s.name: tuple(headers[s.name].shape) for s in sources if s.dtype is None and s.shape == ()}
         return WeightPlan(
-            tuple(replace(source, dtype=dtype_name(headers[source.name].dtype)) for source in sources),
-            tuple(kept),
+            tuple(
+                replace(s, shape=shapes.get(s.name, s.shape), dtype=dtype_name(headers[s.name].dtype))
+                for s in sources
+            ),
+            tuple(
+                replace(t, target=replace(t.target, shape=shapes[t.sources[0]]))
+                if t.target.shape == () and t.sources[0] in shapes
+                else t
+                for t in kept
+            ),
             tuple(usage for usage in plan.usages if usage.source in used),
         )
 
@@ -208,7 +218,8 @@ def _misfit(source: TensorSpec, header: Any) -> str | None:
     """Why the tensor found under a source's name is not that source, or None."""
     if header is None:
         return f"{source.name}: missing, while tensors that it merges with are there"
-    if tuple(header.shape) != source.shape:
+    scalar = source.shape == () and source.dtype is None and set(header.shape) <= {1}
+    if tuple(header.shape) != source.shape and not scalar:
         return f"{source.name}: shape {list(header.shape)}, the plan needs {list(source.shape)}"
     dtype = dtype_name(header.dtype)
     if source.dtype is not None and dtype != source.dtype:

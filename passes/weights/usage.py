@@ -9,7 +9,7 @@ from fxfuse.errors import PlanError
 # how -> the roles that allow it. A tensor is repeated for what it is, never for having one element.
 ROLES = MappingProxyType(
     {
-        "repeated": ("per_tensor_scale", "tensor_parallel_replica"),
+        "repeated": ("per_tensor_scale", "expert_scale", "tensor_parallel_replica"),
         "partial": ("tensor_parallel_shard", "copies"),
     }
 )
@@ -19,10 +19,10 @@ ROLES = MappingProxyType(
 class Usage:
     """`source` is "repeated" (rows stand in several places) or "partial" (rows are left out), and why.
 
-    Roles: a `per_tensor_scale` is one value for several logical shards; a `tensor_parallel_replica` is held
-    by several ranks, such as a key-value head when there are more ranks than heads; of a
-    `tensor_parallel_shard` other ranks hold the rest; `copies` are the repeated rows that the inverse of a
-    plan leaves out. Raises PlanError for any other pair.
+    Roles: a `per_tensor_scale` is one value for several logical shards, an `expert_scale` has one value for
+    gate and up of each expert; a `tensor_parallel_replica` is held by several ranks, such as a key-value head
+    when there are more ranks than heads; of a `tensor_parallel_shard` other ranks hold the rest; `copies` are
+    the repeated rows that the inverse of a plan leaves out. Raises PlanError for any other pair.
     """
 
     source: str

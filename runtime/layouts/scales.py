@@ -6,11 +6,14 @@ of blocks and one scale for each logical shard.
     block tables  X.weight_scale_inv [rows/128, columns/128]: the weight's row map, divided by the block
     per channel   X.weight_scale [rows, 1]: the weight's row map
     per tensor    X.weight_scale, X.input_scale, one number: one for each logical shard, given to all of them
+    of a stack    X_scale_inv, X_scale [E, ...] beside X = experts.gate_up_proj: each expert's part of them;
+                  one number for an expert's gate and up is given to both
 
 What a scale is for follows from the config and its name, never from its number of elements: A_log, a bias
 and a 1x1 block table have one element, too.
 """
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -19,20 +22,46 @@ from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, Usage
 from fxfuse.runtime.quantization import Scheme
 
 # one number for the inputs of a linear, whatever the scheme of its weight
-_INPUT = "input_scale"
+_INPUTS = ("input_scale", "activation_scale")
 _OF_WEIGHTS = ("weight_scale_inv", "weight_scale")
-SCALES = (*_OF_WEIGHTS, _INPUT)
+SCALES = (*_OF_WEIGHTS, *_INPUTS)
 _OTHER = ("weight_scale_2", "weight_zero_point", "weight_offset", "weight_packed", "qweight", "g_idx")
+
+# experts as one tensor: a parameter without a leaf of its own
+_STACK = re.compile(r"(.*\.)?experts\.(gate_up|down)_proj")
 
 Step = tuple[list[Transform], list[Usage]]
 
 
+def is_stack(weight: str) -> bool:
+    """Whether a name is that of all experts of a layer in one tensor."""
+    return _STACK.fullmatch(weight) is not None
+
+
+def scale_name(weight: str, kind: str) -> str:
+    """What one kind of scale of a weight is called: `X.weight_scale`, or `X_scale` where X is a stack."""
+    if is_stack(weight):
+        return f"{weight}_{kind.removeprefix('weight_')}"
+    return weight.removesuffix("weight") + kind
+
+
 def scales_of(weight: str, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:
     """The kinds of scales that a weight has, by the names of the tensors beside it."""
-    module, _, leaf = weight.rpartition(".")
-    if leaf != "weight":
+    if not is_stack(weight) and weight.rpartition(".")[2] != "weight":
         return ()
-    return tuple(kind for kind in (*SCALES, *_OTHER) if f"{module}.{kind}" in tensors)
+    return tuple(kind for kind in (*SCALES, *_OTHER) if scale_name(weight, kind) in tensors)
+
+
+def proportional(start: int, stop: int, rows: int, count: int) -> tuple[int, int] | None:
+    """Which of `count` values for `rows` rows are those of rows start..stop-1; None where none are.
+
+    One value is for all rows. Several belong to equal runs of rows, and must be cut where a run ends.
+    """
+    if count == 1:
+        return (0, 1)
+    if rows % count or (start * count) % rows or (stop * count) % rows:
+        return None
+    return start * count // rows, stop * count // rows
 
 
 def with_scales(
@@ -51,6 +80,7 @@ def with_scales(
     transforms, added, usages = list(transforms), [], []
     uses: dict[str, int] = {}
     moved = {name for transform in transforms for name in transform.sources}
+    of_stacks = {scale_name(name, kind) for name in moved if is_stack(name) for kind in SCALES}
     for transform in transforms:
         kinds = {name: _checked(name, tensors, scheme) for name in transform.sources}
         if len(set(kinds.values())) > 1:
@@ -66,7 +96,9 @@ def with_scales(
                 uses[block.source] = uses.get(block.source, 0) + len(block)
     for name, count in uses.items():
         spec = tensors[name]
-        if count > spec.rows and spec.rows * spec.width == 1 and _is_per_tensor(name, scheme):
+        if count > spec.rows and name in of_stacks:
+            usages.append(Usage(name, "repeated", "expert_scale"))
+        elif count > spec.rows and spec.rows * spec.width == 1 and _is_per_tensor(name, scheme):
             usages.append(Usage(name, "repeated", "per_tensor_scale"))
     return [*transforms, *added], usages
 
@@ -80,7 +112,8 @@ def _checked(name: str, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tu
         raise PlanError(
             f"{name}: quantised with {scheme.name}, and its {other[0]} is not known to belong to it"
         )
-    if quantised and name.endswith(".weight") and not set(kinds) & set(_OF_WEIGHTS):
+    is_weight = is_stack(name) or name.endswith(".weight")
+    if quantised and is_weight and not set(kinds) & set(_OF_WEIGHTS):
         raise PlanError(
             f"{name}: {tensors[name].dtype} without a scale beside it; fetch the checkpoint again"
         )
@@ -97,9 +130,11 @@ def _scale(
     logical: Mapping[str, int],
 ) -> Transform | None:
     """One kind of scale of one target, or None where the same scale stays beside the same weight."""
-    names = {name: f"{name.removesuffix('weight')}{kind}" for name in transform.sources}
-    target = f"{transform.target.name.removesuffix('weight')}{kind}"
+    names = {name: scale_name(name, kind) for name in transform.sources}
+    target = scale_name(transform.target.name, kind)
     if _is_per_tensor(target, scheme):
+        if any(map(is_stack, names)):
+            return _of_experts(transform, target, names, tensors)
         return _per_tensor(transform, target, names, tensors, logical)
     dtype = tensors[next(iter(names.values()))].dtype
     if scheme.strategy == "channel":
@@ -109,11 +144,48 @@ def _scale(
     panels = [panel.divided(block, sizes).renamed(names) for panel in transform.panels]
     widths = {scale: tensors[scale].width for scale in names.values()}
     width = sum(panel.segments[0].width(widths[panel.segments[0].source]) for panel in panels)
-    return Transform(TensorSpec(target, (panels[0].rows, width), dtype), panels[0], tuple(panels[1:]))
+    shape = _shape(transform.target, panels[0].rows, width)
+    return Transform(TensorSpec(target, shape, dtype), panels[0], tuple(panels[1:]))
+
+
+def _shape(weight: TensorSpec, rows: int, width: int) -> tuple[int, ...]:
+    """The shape of a table for a weight: of a stack, a table for each expert."""
+    if not is_stack(weight.name):
+        return (rows, width)
+    experts = weight.shape[0]
+    return (experts, rows // experts, width)
 
 
 def _is_per_tensor(name: str, scheme: Scheme) -> bool:
-    return name.endswith("." + _INPUT) or scheme.strategy == "tensor"
+    return name.endswith(_INPUTS) or scheme.strategy == "tensor"
+
+
+def _of_experts(
+    transform: Transform, target: str, names: Mapping[str, str], tensors: Mapping[str, TensorSpec]
+) -> Transform | None:
+    """The numbers of one expert, or of every expert where the stack stays one."""
+    (name, *others) = names
+    weight, scale = tensors[name], tensors[names[name]]
+    experts, high, wide = weight.shape
+    count, rest = divmod(scale.rows, experts)
+    if others or transform.beside or scale.width != 1 or (rest and scale.rows != 1):
+        raise PlanError(f"{scale}: no number of values for each of the {experts} experts of {weight}")
+    if is_stack(transform.target.name) or scale.rows == 1 != experts:
+        # one number for the inputs of all experts, or every expert's own, which rows and columns leave alone
+        same = target == scale.name
+        whole = Transform(replace(scale, name=target), RowMap.identity(scale.name, scale.rows))
+        return None if same else whole
+    (block,) = transform.rows.segments
+    expert = block.start // high
+    part = (block.start - expert * high, block.stop - expert * high)
+    rows = (*block.columns, wide) if block.transposed and block.columns else (*part, high)
+    found = proportional(*rows, count)
+    if found is None:
+        raise PlanError(f"{scale}: {count} values for an expert do not divide with {weight}; scale it anew")
+    first, last = expert * count + found[0], expert * count + found[1]
+    return Transform(
+        TensorSpec(target, (last - first,), scale.dtype), RowMap((Rows(scale.name, first, last),))
+    )
 
 
 def _per_tensor(
@@ -170,7 +242,10 @@ def _per_channel(
     first = tensors[next(iter(names.values()))]
     if target == first.name and rows == RowMap.identity(first.name, first.rows):
         return None
-    return Transform(TensorSpec(target, (rows.rows, *first.shape[1:]), dtype), rows)
+    shape = (rows.rows, *first.shape[1:])
+    if any(map(is_stack, names)):
+        shape = _shape(transform.target, rows.rows, 1)
+    return Transform(TensorSpec(target, shape, dtype), rows)
 
 
 def _block_of(
@@ -184,8 +259,16 @@ def _block_of(
     for name, scale in names.items():
         rows, width, table = tensors[name].rows, tensors[name].width, tensors[scale]
         columns = -(-width // scheme.block[1])
-        by_row = table.dtype == "float8_e8m0fnu" and table.shape == (rows, columns)
-        if not by_row and table.shape != (-(-rows // scheme.block[0]), columns):
+        # blocks end with their expert
+        high = tensors[name].shape[1] if is_stack(name) else rows
+        blocks_of_rows = -(-high // scheme.block[0]) * (rows // high)
+        by_row = table.dtype == "float8_e8m0fnu" and table.shape == _shape(tensors[name], rows, columns)
+        if is_stack(name) and not by_row and high % scheme.block[0]:
+            raise PlanError(
+                f"{table}: blocks of {scheme.block[0]} rows do not end with an expert's {high}; its last one "
+                "would lie in two; take the checkpoint with single experts"
+            )
+        if not by_row and table.shape != _shape(tensors[name], blocks_of_rows, columns):
             raise PlanError(
                 f"{table}: no table of {scheme.block[0]}x{scheme.block[1]} blocks of {tensors[name]}"
             )

@@ -1,6 +1,8 @@
 """Weights of every layout loaded into plain and optimised models, and refused without a trace."""
 
 import copy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
 import fxfuse
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
+from fxfuse.runtime import streaming
 from fxfuse.runtime.convert import convert
+from fxfuse.runtime.live_weights import is_packed
 
 Make = Callable[..., Any]
 LAYOUTS = ["hf", "fused", "qwen3_next", "sglang", "fastdeploy"]
@@ -134,5 +139,150 @@ def test_what_is_asked_wrongly_is_refused(make_model: Make, tmp_path: Path) -> N
         fxfuse.load_state_dict(model, model.state_dict(), layout="fused")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index"):
         fxfuse.load_state_dict(model, tmp_path)
-    with pytest.raises(UnsupportedModelError, match="on the meta device"):
+    with pytest.raises(CheckpointError, match="the model is unchanged"):
         fxfuse.load_state_dict(model.to("meta"), {})
+    assert all(p.is_meta for p in model.parameters())
+
+
+# --- models without memory
+
+
+def recipe() -> str:
+    """The code of the how-to, as it is printed there."""
+    text = (Path(__file__).parents[2] / "docs" / "how-to-load.md").read_text()
+    return text.split("```python\n")[1].split("```")[0]
+
+
+@pytest.mark.parametrize("layout", ["hf", "fused", "sglang"])
+def test_the_printed_recipe_loads_straight_into_packed_memory(
+    make_model: Make, layout: str, prompt: torch.Tensor, tmp_path: Path
+) -> None:
+    other = make_model(seed=1)
+    convert(save(tmp_path / "hf", other), tmp_path / "there", layout)
+    lines = recipe().replace("model.optimize()", 'model.optimize(inner="eager")')
+    assert lines != recipe()
+    scope: dict[str, Any] = {"folder": tmp_path / "there"}
+    exec(lines, scope)
+    model = scope["model"]
+    assert model.dtype == torch.bfloat16
+    bf16 = {n: t.to(torch.bfloat16) for n, t in other.state_dict().items()}
+    assert equal(model, bf16)
+    groups = [t.sources for t in fxfuse.plan(model).transforms]
+    packed = {n for group in groups for n in group}
+    parameters = dict(model.named_parameters())
+    assert {n for n, p in parameters.items() if is_packed(p)} == packed
+    for group in groups:
+        ends = [parameters[n].data_ptr() + parameters[n].nbytes for n in group]
+        assert ends[:-1] == [parameters[n].data_ptr() for n in group[1:]]
+    mlp = [p for n, p in parameters.items() if "mlp" in n]
+    before = [p.data_ptr() for p in mlp]
+    with torch.no_grad():
+        model.eval()(prompt)
+        # the compiled graph found them where they were put
+        assert [p.data_ptr() for p in mlp] == before
+        assert model.optimization_report.calls
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.bfloat16)
+        assert torch.equal(model.forward(prompt).logits, loaded(prompt).logits)
+
+
+def test_buffers_that_no_file_has_get_the_values_of_a_loaded_model(make_model: Make, tmp_path: Path) -> None:
+    folder = save(tmp_path / "hf", other := make_model(seed=1))
+    with torch.device("meta"):
+        model = make_model()
+    fxfuse.load_state_dict(model, folder)
+    expected = dict(other.named_buffers())
+    assert expected
+    assert all(torch.equal(b, expected[n]) for n, b in model.named_buffers())
+    assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_a_buffer_that_nobody_computes_is_refused_and_the_model_stays_on_meta(
+    make_model: Make, tmp_path: Path
+) -> None:
+    folder = save(tmp_path / "hf", make_model())
+    with torch.device("meta"):
+        model = make_model()
+        model.model.layers[0].mlp.register_buffer("mask", torch.ones(3), persistent=False)
+    with pytest.raises(UnsupportedModelError, match=r"mask: a buffer on the meta device .*\(1 in all\)"):
+        fxfuse.load_state_dict(model, folder)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_a_file_that_ends_too_early_leaves_a_model_on_meta(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = save(tmp_path / "hf", make_model())
+    with torch.device("meta"):
+        model = make_model()
+    monkeypatch.setattr(streaming.os, "preadv", lambda *_: 0)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: ends inside of"):
+        fxfuse.load_state_dict(model, folder)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+def test_ties_frozen_weights_and_what_has_memory_stay_so(make_model: Make, tmp_path: Path) -> None:
+    folder = save(tmp_path / "hf", other := make_model(seed=1, tie_word_embeddings=True))
+    with torch.device("meta"):
+        model = make_model(tie_word_embeddings=True)
+    model.model.layers[0].mlp.gate_proj.requires_grad_(False)
+    kept = model.model.norm.weight = torch.nn.Parameter(torch.zeros(64))
+    fxfuse.load_state_dict(model, folder)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.model.norm.weight is kept
+    assert equal(model, other.state_dict())
+    frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+    assert frozen == {"model.layers.0.mlp.gate_proj.weight"}
+
+
+def test_memory_is_that_of_the_weights_and_one_piece(tmp_path: Path) -> None:
+    """A fused checkpoint of 0.4 GB; from_pretrained and packing would hold one group more, or all twice."""
+    program = """
+import json, resource, sys, torch, fxfuse
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from fxfuse.runtime import streaming
+from fxfuse.runtime.convert import convert
+from fxfuse.runtime.live_weights import is_packed
+config = Qwen3_5TextConfig(hidden_size=1024, intermediate_size=28 * 1024, num_hidden_layers=2, vocab_size=64,
+    layer_types=["linear_attention", "full_attention"], tie_word_embeddings=False)
+with torch.device("meta"):
+    model = Qwen3_5ForCausalLM(config).bfloat16()
+if sys.argv[2] == "write":
+    from safetensors.torch import save_file
+    config.save_pretrained(sys.argv[1])
+    fused = fxfuse.plan(model).apply(model.state_dict())
+    zeros = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in fused.items()}
+    save_file(zeros, sys.argv[1] + "/model.safetensors")
+    sys.exit()
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+before = peak()
+fxfuse.load_state_dict(model, sys.argv[1])
+print(peak() - before, sum(p.nbytes for p in model.parameters()))
+"""
+    for step in ("write", "load"):
+        done = subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path), step], capture_output=True, text=True, check=True
+        )
+    grown, size = map(int, done.stdout.split())
+    assert size > 4e8
+    assert grown < size + 100 * 2**20
+
+
+# --- wrapped models
+
+
+def test_the_model_inside_of_wrappers_is_loaded_and_adapters_stay(make_model: Make, tmp_path: Path) -> None:
+    class Adapted(torch.nn.Module):
+        def __init__(self, layer: torch.nn.Linear) -> None:
+            super().__init__()
+            self.base_layer, self.lora_A = layer, torch.nn.Linear(64, 2)
+
+    model, other = make_model(seed=0), make_model(seed=1)
+    attention = model.model.layers[1].self_attn
+    attention.q_proj = Adapted(attention.q_proj)
+    added = attention.q_proj.lora_A.weight.clone()
+    wrapped = torch.nn.ModuleDict({"base_model": torch.nn.ModuleDict({"model": model})})
+    fxfuse.load_state_dict(wrapped, save(tmp_path / "hf", other))
+    own = {n.replace("base_layer.", ""): t for n, t in model.state_dict().items() if "lora" not in n}
+    assert own.keys() == other.state_dict().keys()
+    assert all(torch.equal(own[n], t) for n, t in other.state_dict().items())
+    assert torch.equal(attention.q_proj.lora_A.weight, added)

@@ -201,8 +201,43 @@ def test_members_of_different_widths_are_refused(tmp_path: Path) -> None:
 
 def test_a_fused_checkpoint_is_not_planned_again(tmp_path: Path) -> None:
     model = narrow_model("dense")
-    checkpoint(tmp_path, plan(model).apply(model.state_dict()), CONFIGS["dense"])
-    with pytest.raises(PlanError, match="in another layout already"):
+    planned = plan(model)
+    checkpoint(tmp_path, planned.apply(model.state_dict()), CONFIGS["dense"])
+    assert plan(tmp_path) == WeightPlan()
+    assert plan(tmp_path, "hf").digest == planned.inverse().digest
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "prefix"),
+    [
+        *(("dense", layout, "model.") for layout in ("fused", "sglang", "fastdeploy", "qwen3_next")),
+        *(("moe", layout, "model.language_model.") for layout in ("fused", "sglang", "fastdeploy")),
+        *(("next", layout, "model.") for layout in ("fused", "sglang", "fastdeploy", "qwen3_5")),
+    ],
+)
+def test_checkpoints_that_other_programs_fused_are_recognised(
+    kind: str, layout: str, prefix: str, tmp_path: Path
+) -> None:
+    """Without a plan beside them, in the names of files of one part or of two."""
+    weights = narrow_model(kind).to(torch.bfloat16).state_dict()
+    weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(4, 16)
+    there = plan(CONFIGS[kind], layout).apply(weights)
+    foreign = {name.replace("model.", prefix, 1): tensor for name, tensor in there.items()}
+    checkpoint(tmp_path, foreign, CONFIGS[kind])
+    back = plan(tmp_path, "hf").apply(foreign)
+    assert back.keys() == {name.replace("model.", prefix, 1) for name in weights}
+    assert all(torch.equal(back[n.replace("model.", prefix, 1)], t) for n, t in weights.items())
+    for other in ("fused", "sglang"):
+        got, expected = plan(tmp_path, other).apply(foreign), plan(CONFIGS[kind], other).apply(weights)
+        assert got.keys() == {name.replace("model.", prefix, 1) for name in expected}
+        assert all(torch.equal(got[n.replace("model.", prefix, 1)], t) for n, t in expected.items())
+
+
+def test_a_part_of_a_fused_checkpoint_is_in_no_layout(tmp_path: Path) -> None:
+    weights = plan(CONFIGS["dense"], "sglang").apply(narrow_model("dense").state_dict())
+    del weights["model.layers.1.linear_attn.in_proj_ba.weight"]
+    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    with pytest.raises(PlanError, match="they are in another layout already, or belong to another part"):
         plan(tmp_path)
 
 
@@ -241,8 +276,12 @@ def test_quantised_weights_are_refused_by_format(tmp_path: Path) -> None:
         checkpoint(tmp_path, weights, CONFIGS["dense"].to_dict() | {"quantization_config": fields})
         with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
             plan(tmp_path)
-    with pytest.raises(PlanError, match="quantised with fp8: only the files say"):
-        plan(Qwen3_5TextConfig(**NARROW, quantization_config={"quant_method": "fp8"}))
+        with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
+            plan(Qwen3_5TextConfig(**NARROW, quantization_config=fields))
+    groups = {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}
+    fields = {"quant_method": "compressed-tensors", "config_groups": groups}
+    with pytest.raises(PlanError, match="quantised with compressed-tensors: only the files say"):
+        plan(Qwen3_5TextConfig(**NARROW, quantization_config=fields))
 
 
 # --- checkpoints
