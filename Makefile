@@ -11,6 +11,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && echo $$p && break; done)
 VENV ?= .venv
 VENV_OLDEST ?= .venv-oldest
+VENV_EXTRAS ?= .venv-extras
 # Index to take torch from; empty means pip's own. See "Choosing a torch build" in CONTRIBUTING.md.
 TORCH_INDEX ?=
 # PY=python runs a target in an environment that already has everything, without any set-up.
@@ -28,10 +29,11 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 STAMP := $(VENV)/.installed
 STAMP_OLDEST := $(VENV_OLDEST)/.installed
+STAMP_EXTRAS := $(VENV_EXTRAS)/.installed
 RUN := $(or $(PY),$(VENV)/bin/python)
 NEEDS := $(if $(PY),,$(STAMP))
 
-# $(call install,venv,constraints): torch first and alone, so that nothing else can choose another build of it.
+# $(call install,venv,constraints,extra): torch first and alone, so that nothing else can choose another build of it.
 # Where the system's Python comes without ensurepip, pip is put into the new environment from outside.
 define install
 	@test -n "$(PYTHON)" || { echo "Python 3.11 or 3.12 is needed and none was found; name one: make $@ PYTHON=/path/to/python3.11" >&2; exit 1; }
@@ -41,11 +43,11 @@ define install
 	$(1)/bin/python -m pip install $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -c $(2) torch
 	@echo "==> [3/3] fxfuse (editable), transformers and the tools"
 	$(1)/bin/python -m pip install -c $(2) setuptools
-	$(1)/bin/python -m pip install -c $(2) --no-build-isolation -e '.[dev]'
+	$(1)/bin/python -m pip install -c $(2) --no-build-isolation -e '.[$(3)]'
 	@touch $(1)/.installed
 endef
 
-.PHONY: help setup demo test test-all test-oldest test-gpu lint format typecheck bench clean
+.PHONY: help setup demo test test-all test-oldest test-extras test-gpu lint format typecheck bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,10 +57,13 @@ help:  ## list the targets
 setup: $(NEEDS)  ## create the environment in .venv
 
 $(STAMP): pyproject.toml constraints-base.txt constraints.txt
-	$(call install,$(VENV),constraints.txt)
+	$(call install,$(VENV),constraints.txt,dev)
 
 $(STAMP_OLDEST): pyproject.toml constraints-base.txt constraints-oldest.txt
-	$(call install,$(VENV_OLDEST),constraints-oldest.txt)
+	$(call install,$(VENV_OLDEST),constraints-oldest.txt,dev)
+
+$(STAMP_EXTRAS): pyproject.toml constraints-base.txt constraints.txt
+	$(call install,$(VENV_EXTRAS),constraints.txt,extras)
 
 demo: $(NEEDS)  ## run the main job end to end and judge it: SIZE=small|0.8b|2b or CHECKPOINT=folder
 	$(RUN) -m fxfuse demo $(if $(CHECKPOINT),'$(CHECKPOINT)') --size $(SIZE) $(ARGS)
@@ -71,6 +76,9 @@ test-all: $(NEEDS)  ## every test, the slow ones too
 
 test-oldest: $(STAMP_OLDEST)  ## the fast tests with the oldest supported transformers, in an environment of their own
 	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(ARGS)
+
+test-extras: $(STAMP_EXTRAS)  ## the tests that need third-party libraries (peft), in an environment of their own
+	$(VENV_EXTRAS)/bin/python -m pytest tests/daily/test_adapters.py $(ARGS)
 
 test-gpu: $(NEEDS)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)
@@ -90,6 +98,6 @@ bench: $(NEEDS)  ## list the benchmarks, or run one: ARGS="name and its argument
 	$(RUN) -m fxfuse bench $(ARGS)
 
 clean:  ## remove environments, caches and build outputs
-	rm -rf $(VENV) $(VENV_OLDEST) .cache build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) $(VENV_OLDEST) $(VENV_EXTRAS) .cache build dist *.egg-info src/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,16 +103,22 @@ GUARDS = (
 
 @dataclass(frozen=True)
 class Kind:
-    """What all linears of one merge have in common."""
+    """What all linears of one merge have in common.
+
+    A frozen weight beside a trained one (an adapter) merges with grad mode on as well, the trained one does
+    not: merged with it at inference, the two kinds of call would lay the memory out in two ways.
+    """
 
     dtype: torch.dtype
     device: torch.device
     bias: bool
+    trainable: bool
 
     @classmethod
-    def of(cls, linear: Node) -> "Kind":
-        value = weight_of(linear).meta["val"]
-        return cls(value.dtype, value.device, bias_of(linear) is not None)
+    def of(cls, program: Program, linear: Node) -> "Kind":
+        value, parameters = weight_of(linear).meta["val"], _parameters([linear])
+        trainable = any(program.weights[p.name].trainable for p in parameters)
+        return cls(value.dtype, value.device, bias_of(linear) is not None, trainable)
 
     def difference(self, other: "Kind") -> str:
         """Why a linear of the other kind cannot join one of this kind."""
@@ -120,6 +126,12 @@ class Kind:
             return f"its weight is {other.dtype}, the others' are {self.dtype}"
         if self.device != other.device:
             return f"its weight is on {other.device}, the others' are on {self.device}"
+        if self.trainable != other.trainable:
+            return (
+                "its weight is trainable, the others' are frozen"
+                if other.trainable
+                else ("its weight is frozen, the others' are trainable")
+            )
         return "it has a bias, the others have none" if other.bias else "it has no bias, the others have one"
 
 
@@ -174,7 +186,7 @@ def _partition(
             reason = "its weight or bias is shared with another linear of the group"
         if reason is None:
             seen |= memory
-            kinds[Kind.of(linear)].append(linear)
+            kinds[Kind.of(program, linear)].append(linear)
         else:
             left.append((linear, reason))
     most = max(kinds, key=lambda kind: len(kinds[kind]), default=None)
