@@ -23,7 +23,7 @@ from fxfuse.patterns import ops
 RULE = "layout_chains"
 
 
-def _blocks(features: Sequence[int]) -> list[int]:
+def blocks_of(features: Sequence[int]) -> list[int]:
     """The fewest (start, run, stride, count) that spell the features in order."""
     runs: list[list[int]] = []
     for feature in features:
@@ -102,7 +102,7 @@ def _read_strided(program: Program, cuts: Sequence[Cut], linear: Node) -> None:
     for cut in cuts:
         with program.graph.inserting_after(linear):
             picked = program.graph.call_function(
-                torch.ops.fxfuse.gather_features.default, (linear, _blocks(cut.features), list(cut.shape))
+                torch.ops.fxfuse.gather_features.default, (linear, blocks_of(cut.features), list(cut.shape))
             )
         picked.meta["nn_module_stack"] = cut.node.meta.get("nn_module_stack", {})
         cut.node.replace_all_uses_with(picked)

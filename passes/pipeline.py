@@ -8,6 +8,7 @@ from fxfuse.errors import OptionError
 from fxfuse.passes import (
     add_rms_norm,
     gated_rms_norm,
+    gdn_decode,
     layout_chains,
     one_row_linears,
     rms_norm,
@@ -38,6 +39,7 @@ class Pass:
 
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
+    Pass("gdn_decode", gdn_decode.run, target="cuda"),
     Pass("gated_rms_norm", gated_rms_norm.RULE.run, target="cuda"),
     Pass("rms_norm", rms_norm.run, target="cuda"),
     Pass("add_rms_norm", add_rms_norm.run, target="cuda"),

@@ -1,11 +1,13 @@
 """A part of a graph that one call is to replace: its nodes, why it may not be, and the replacement."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.program import Program
@@ -13,8 +15,24 @@ from fxfuse.passes.storage_writes import StorageWrites, storage_of, written_by
 from fxfuse.patterns.matcher import is_cast
 
 
-def behind(outputs: Iterable[Node], inputs: Collection[Node]) -> list[Node]:
-    """The call nodes that the outputs are computed from, up to the inputs, in graph order."""
+def writers_of(graph: Graph) -> dict[int | None, list[Node]]:
+    """The calls that write to each storage, in graph order."""
+    found: dict[int | None, list[Node]] = defaultdict(list)
+    for node in graph.nodes:
+        for target in written_by(node):
+            found[storage_of(target)].append(node)
+    return found
+
+
+def behind(
+    outputs: Iterable[Node],
+    inputs: Collection[Node],
+    writers: Mapping[int | None, Sequence[Node]] = MappingProxyType({}),
+) -> list[Node]:
+    """The call nodes that the outputs are computed from, up to the inputs, in graph order.
+
+    With `writers`, calls that write to what is read on the way belong to it, too.
+    """
     found: set[Node] = set()
     waiting = [node for node in outputs if node not in inputs]
     while waiting:
@@ -23,6 +41,7 @@ def behind(outputs: Iterable[Node], inputs: Collection[Node]) -> list[Node]:
             continue
         found.add(node)
         waiting += [n for n in node.all_input_nodes if n not in inputs and _is_computed(n)]
+        waiting += [write for n in (node, *node.all_input_nodes) for write in writers.get(storage_of(n), ())]
     return _ordered(found)
 
 

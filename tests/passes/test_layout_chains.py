@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 import fxfuse
-from fxfuse.passes.layout_chains import _blocks
+from fxfuse.passes.layout_chains import blocks_of
 from fxfuse.runtime.ops.gather_features import gather_features
 from fxfuse.testing import integer_like_, integer_tensor
 
@@ -173,12 +173,12 @@ def test_other_uses_of_the_features_see_what_they_saw(kind: type) -> None:
 )
 def test_blocks_spell_any_order_of_features(features: list[int]) -> None:
     x = integer_tensor((2, 3, 16), seed=0)
-    assert torch.equal(gather_features(x, _blocks(features), [len(features)]), x[..., features])
+    assert torch.equal(gather_features(x, blocks_of(features), [len(features)]), x[..., features])
 
 
 def test_one_regular_block_is_a_view() -> None:
     x = integer_tensor((2, 3, 12), seed=0)
-    picked = gather_features(x, _blocks([1, 2, 5, 6, 9, 10]), [3, 2])
+    picked = gather_features(x, blocks_of([1, 2, 5, 6, 9, 10]), [3, 2])
     assert torch.equal(picked, x[..., [1, 2, 5, 6, 9, 10]].unflatten(-1, (3, 2)))
     assert picked.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
