@@ -11,6 +11,8 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.idle_calls import fold_idle_calls
+from fxfuse.passes.linear_spellings import spell_linears
 from fxfuse.passes.modes import sets_grad_mode
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, same_memory, written_by
@@ -22,9 +24,13 @@ def normalise(program: Program) -> None:
     _drop_idle_switches(program)
     _fold_idle_dropout(program)
     _fold_identities(program)
+    _one_reshape(program)
+    fold_idle_calls(program)
+    _one_cat(program)
     _cat_of_one_is_a_copy(program)
     _one_view_of_each(program)
-    _one_reshape(program)
+    spell_linears(program)
+    _one_view_of_each(program)
     _drop_dead_nodes(program)
     program.graph.lint()
 
@@ -54,6 +60,12 @@ def _fold_idle_dropout(program: Program) -> None:
             folded = True
     if folded:
         program.refresh()
+
+
+def _one_cat(program: Program) -> None:
+    """concat(xs, d), concatenate(xs, d) -> cat(xs, d)."""
+    for node in program.calls(*ops.CATS):
+        node.target = torch.ops.aten.cat.default
 
 
 def _cat_of_one_is_a_copy(program: Program) -> None:
@@ -110,6 +122,11 @@ def _one_reshape(program: Program) -> None:
     for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
         if not writes.is_written(node):
             node.target = torch.ops.aten.reshape.default
+    for node in program.calls(ops.VIEW_AS):
+        sizes = list(node.meta["val"].shape)
+        if not writes.is_written(node) and all(type(size) is int for size in sizes):
+            node.target = torch.ops.aten.reshape.default
+            node.args = (node.args[0], sizes)
 
 
 def _drop_dead_nodes(program: Program) -> None:

@@ -2,6 +2,22 @@
 
 LINEAR = "aten.linear.default"
 CAT = "aten.cat.default"
+CATS = frozenset({"aten.concat.default", "aten.concatenate.default"})
+
+# Spellings of a linear: products with the transpose of a parameter, and the sum that adds a bias.
+ADDMM = "aten.addmm.default"
+EINSUM = "aten.einsum.default"
+PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default", ADDMM, EINSUM})
+ADDS = frozenset({"aten.add.Tensor"})
+
+# Arithmetic that hands on its operand where the other one is this number; whether they may change places.
+ARITHMETIC = {
+    "aten.add.Tensor": (0, True),
+    "aten.sub.Tensor": (0, False),
+    "aten.mul.Tensor": (1, True),
+    "aten.div.Tensor": (1, False),
+}
+CLONE = "aten.clone.default"
 
 # May hand back their input unchanged: a call that does so is folded away.
 MAYBE_IDENTITY = frozenset(
@@ -23,15 +39,24 @@ VIEWS = frozenset(
         "aten._unsafe_view.default",
         "aten.expand.default",
         "aten.flatten.using_ints",
+        "aten.mT.default",
+        "aten.movedim.int",
+        "aten.narrow.default",
+        "aten.numpy_T.default",
         "aten.permute.default",
         "aten.reshape.default",
         "aten.select.int",
         "aten.slice.Tensor",
+        "aten.squeeze.default",
         "aten.squeeze.dim",
+        "aten.swapaxes.default",
+        "aten.swapdims.default",
+        "aten.t.default",
         "aten.transpose.int",
         "aten.unflatten.int",
         "aten.unsqueeze.default",
         "aten.view.default",
+        "aten.view_as.default",
     }
 )
 
@@ -65,6 +90,7 @@ DROPOUT = "aten.dropout.default"
 # One spelling for a change of shape: `reshape` is right for every stride, the others only for some.
 RESHAPES = frozenset({"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"})
 RESHAPE = "aten.reshape.default"
+VIEW_AS = "aten.view_as.default"
 
 # Move elements without changing any of them.
 LAYOUT = RESHAPES | frozenset(
@@ -74,6 +100,9 @@ LAYOUT = RESHAPES | frozenset(
         "aten.clone.default",
         "aten.contiguous.default",
         "aten.flatten.using_ints",
+        "aten.mT.default",
+        "aten.moveaxis.int",
+        "aten.movedim.int",
         "aten.narrow.default",
         "aten.permute.default",
         "aten.select.int",
@@ -81,8 +110,14 @@ LAYOUT = RESHAPES | frozenset(
         "aten.split.Tensor",
         "aten.split.sizes",
         "aten.split_with_sizes.default",
+        "aten.squeeze.default",
         "aten.squeeze.dim",
+        "aten.swapaxes.default",
+        "aten.swapdims.default",
+        "aten.tensor_split.indices",
+        "aten.tensor_split.sections",
         "aten.transpose.int",
+        "aten.unbind.int",
         "aten.unflatten.int",
         "aten.unsqueeze.default",
     }

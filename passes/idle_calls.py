@@ -1,0 +1,156 @@
+"""Calls that hand on what they were given are dropped, and writes to fresh memory are spelled as values.
+
+Before: a = x + 0; b = 1 * a; c = clone(b); add_(c, y)
+After:  c = add(x, y)
+"""
+
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.node import map_arg
+
+from fxfuse.passes.program import Program
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of, written_by
+from fxfuse.patterns import ops
+
+
+def fold_idle_calls(program: Program) -> None:
+    """Rewrite in place; a result that is written, returned or read by its strides stays a copy."""
+    writes_to_values(program)
+    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    folded = False
+    for node in program.calls(*ops.ARITHMETIC):
+        source = _handed_on(node)
+        if source is None or not _same_elements(node, source):
+            continue
+        if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed:
+            continue
+        for user in node.users:
+            user.meta.pop("val", None)
+        node.replace_all_uses_with(source)
+        program.graph.erase_node(node)
+        folded = True
+    if folded:
+        program.refresh()
+
+
+def _handed_on(node: Node) -> Node | None:
+    """The operand that a call hands on unchanged: of x + 0, 0 + x, x - 0, x · 1, 1 · x, x / 1."""
+    neutral, commutes = ops.ARITHMETIC[str(node.target)]
+    if len(node.args) != 2 or node.kwargs:
+        return None
+    first, second = node.args
+    if _is_number(second, neutral):
+        return first if isinstance(first, Node) else None
+    if commutes and _is_number(first, neutral):
+        return second if isinstance(second, Node) else None
+    return None
+
+
+def _is_number(value: Any, wanted: int) -> bool:
+    return type(value) in (int, float) and value == wanted
+
+
+def _same_elements(node: Node, source: Node) -> bool:
+    a, b = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return False
+    if a.dtype != b.dtype or a.requires_grad != b.requires_grad or a.dim() != b.dim():
+        return False
+    return all(statically_known_true(m == n) for m, n in zip(a.shape, b.shape, strict=True))
+
+
+def writes_to_values(program: Program) -> None:
+    """add_(x, y) on memory that nobody else sees -> add(x, y), for those who read x after it."""
+    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    sharing: dict[int | None, list[Node]] = {}
+    for node in program.graph.nodes:
+        sharing.setdefault(storage_of(node), []).append(node)
+    changed = False
+    for storage, nodes in sharing.items():
+        if storage is None or len(nodes) == 1:
+            continue
+        values = _values_of_writes(nodes)
+        if values is None or (storage in fixed and not _laid_out_alike(program, nodes, values)):
+            continue
+        position = {node: i for i, node in enumerate(program.graph.nodes)}
+        for node in nodes:
+            for user in list(node.users):
+                latest = [n for n in nodes if position[n] < position[user]][-1]
+                user.replace_input_with(node, latest)
+        for node, target in zip(nodes[1:], values, strict=True):
+            node.target = target
+            node.meta.pop("val", None)
+        _drop_copy(program, writes, nodes[0])
+        changed = True
+    if changed:
+        program.refresh()
+
+
+def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
+    """A copy that was there to be written: those who read it now read what it was made of."""
+    source = root.args[0] if root.args else None
+    plain = str(root.target) == ops.CLONE and len(root.args) == 1 and not root.kwargs
+    if plain and isinstance(source, Node) and not writes.is_written(source) and _same_elements(root, source):
+        root.replace_all_uses_with(source)
+        program.graph.erase_node(root)
+
+
+def _values_of_writes(nodes: list[Node]) -> list[Any] | None:
+    """For memory whose first node made it and whose others each write all of it: what they compute."""
+    root, *later = nodes
+    if root.op != "call_function" or written_by(root):
+        return None
+    for node in later:
+        if (
+            node.args[:1] == ()
+            or node.args[0] not in nodes
+            or any(n in nodes for n in node.all_input_nodes[1:])
+        ):
+            return None
+    for user in (user for node in nodes for user in node.users):
+        if user not in later and any(n in nodes for n in written_by(user)):
+            return None
+    values = [_as_value(node) for node in later]
+    return None if any(value is None for value in values) else values
+
+
+def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> bool:
+    """Whether what is computed as a value has the strides that the memory has."""
+    own = nodes[0].meta["val"]
+    with program.fake_mode or nullcontext(), torch.no_grad():
+        for node, function in zip(nodes[1:], values, strict=True):
+            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+            made = function(own, *args[1:], **kwargs)
+            pairs = zip((*made.shape, *made.stride()), (*own.shape, *own.stride()), strict=True)
+            if not all(statically_known_true(a == b) for a, b in pairs):
+                return False
+    return True
+
+
+def _as_value(node: Node) -> Any:
+    """The overload that returns what this one writes to its first argument, None where there is none."""
+    if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
+        return None
+    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
+    written, value = written_by(node), node.meta.get("val")
+    if not name.endswith("_") or name.endswith("__") or written != [node.args[0]] or node.kwargs.get("out"):
+        return None
+    if {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded} & set(node.target.tags):
+        return None
+    packet = getattr(torch.ops.aten, name[:-1], None)
+    functional = getattr(packet, overload, None) if packet is not None else None
+    if (
+        functional is None
+        or value is None
+        or len(functional._schema.arguments) != len(node.target._schema.arguments)
+    ):
+        return None
+    operands = [n.meta.get("val") for n in node.all_input_nodes[1:]]
+    if any(isinstance(o, Tensor) and o.dtype != value.dtype for o in operands):
+        return None  # the value would have the wider dtype
+    return functional
