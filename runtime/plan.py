@@ -97,6 +97,11 @@ def plan_and_origin(
     return planned, planned if origin is None else origin.plan()
 
 
+def plan_of_tensors(config: Any, tensors: Mapping[str, TensorSpec], layout: str) -> WeightPlan:
+    """`plan` for tensors in transformers' layout, of a model with this config; raises what it raises."""
+    return _planned(_Subject(family_of(config.model_type), config, tensors), layout)
+
+
 @dataclass(frozen=True)
 class _Subject:
     """What is planned: its family, its config and its tensors."""
@@ -104,6 +109,13 @@ class _Subject:
     family: Family
     config: Any
     tensors: Mapping[str, TensorSpec]
+
+
+def _planned(subject: _Subject, layout: str) -> WeightPlan:
+    draft = Draft(subject.tensors)
+    for transforms, usages in _steps(subject, layout):
+        draft.then(transforms, usages)
+    return draft.plan()
 
 
 def _steps(subject: _Subject, layout: str, tp: tuple[int, int] | None = None) -> list[Step]:
@@ -189,13 +201,7 @@ def _ways_back(directory: Path, subject: _Subject) -> Iterator[WeightPlan]:
         config = load_config(vars(subject.config))
         own = _Subject(subject.family, config, template(config, subject.family, scheme))
 
-        def there(layout: str) -> WeightPlan:
-            draft = Draft(own.tensors)
-            for transforms, usages in _steps(own, layout):
-                draft.then(transforms, usages)
-            return draft.plan()
-
-        found = way_back(there, LAYOUTS, own.tensors, tensors)
+        found = way_back(lambda layout: _planned(own, layout), LAYOUTS, own.tensors, tensors)
         if found is not None and len(found):
             yield found
 
