@@ -7,16 +7,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
-    PretrainedConfig,
-    Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
-    Qwen3NextConfig,
 )
 
 from fxfuse.errors import CheckpointError, OptionError, PlanError, UnsupportedModelError
@@ -28,64 +26,10 @@ from fxfuse.runtime.plan import plan
 from fxfuse.runtime.safetensors_file import read_entries
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
-NARROW = {
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-    "vocab_size": 32,
-}
-SPARSE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "shared_expert_intermediate_size": 12,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "dense": Qwen3_5TextConfig(**NARROW, intermediate_size=24),
-    "moe": Qwen3_5MoeTextConfig(**NARROW, **SPARSE),
-    "next": Qwen3NextConfig(**NARROW, **SPARSE, intermediate_size=24, mlp_only_layers=[1]),
-}
-
-
-def state_of(kind: str) -> dict[str, torch.Tensor]:
-    """bfloat16, with A_log and the gated norm in float32, and what no layout touches."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind])
-    weights = {
-        name: tensor.clone() if name.endswith(("A_log", "linear_attn.norm.weight")) else tensor.bfloat16()
-        for name, tensor in model.state_dict().items()
-    }
-    weights["mtp.fc.weight"] = torch.randn(16, 32).to(torch.bfloat16)
-    weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(32, 16).to(torch.bfloat16)
-    weights["model.visual.pos_embed"] = torch.randn(3, 5)
-    weights["flag"] = torch.tensor([True, False, True])
-    return weights
-
-
-def write(folder: Path, weights: dict[str, torch.Tensor], kind: str = "dense", shards: int = 3) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(CONFIGS[kind].to_dict(), default=str))
-    (folder / "tokenizer.json").write_text("{}")
-    (folder / "generation_config.json").write_text('{"eos_token_id": 1}')
-    (folder / "pytorch_model.bin").write_bytes(b"never read")
-    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(weights)}
-    for file in sorted(set(files.values())):
-        own = {n: t.contiguous() for n, t in weights.items() if files[n] == file}
-        save_file(own, folder / file)
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-    return folder
-
 
 @pytest.fixture
-def dense(tmp_path: Path) -> Path:
-    return write(tmp_path / "dense", state_of("dense"))
+def dense(narrow: Any, tmp_path: Path) -> Path:
+    return narrow.write(tmp_path / "dense", narrow.state("dense"), shards=3)
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -123,10 +67,10 @@ KINDS = [
 
 @pytest.mark.parametrize(("kind", "layout"), KINDS)
 def test_there_and_back_is_byte_equal_and_there_is_the_plan_applied(
-    kind: str, layout: str, tmp_path: Path
+    narrow: Any, kind: str, layout: str, tmp_path: Path
 ) -> None:
-    weights = state_of(kind)
-    source = write(tmp_path / "source", weights, kind)
+    weights = narrow.state(kind)
+    source = narrow.write(tmp_path / "source", weights, kind, shards=3)
     before = contents(source)
     result = convert(source, tmp_path / "there", layout, shard_bytes=6_000)
     assert contents(source) == before
@@ -148,26 +92,30 @@ def test_there_and_back_is_byte_equal_and_there_is_the_plan_applied(
         assert list(differences(tmp_path / left, tmp_path / right)) == []
 
 
-def test_one_layout_becomes_another_without_a_way_over_the_first(dense: Path, tmp_path: Path) -> None:
+def test_one_layout_becomes_another_without_a_way_over_the_first(
+    narrow: Any, dense: Path, tmp_path: Path
+) -> None:
     convert(dense, tmp_path / "fused")
     for layout in ("sglang", "fastdeploy"):
         convert(tmp_path / "fused", tmp_path / layout, layout)
-        assert same(load(tmp_path / layout), plan(dense, layout).apply(state_of("dense")))
+        assert same(load(tmp_path / layout), plan(dense, layout).apply(narrow.state("dense")))
         convert(tmp_path / layout, tmp_path / f"{layout} back", "fused")
         assert same(load(tmp_path / f"{layout} back"), load(tmp_path / "fused"))
         assert list(differences(tmp_path / layout, tmp_path / "fused")) == []
 
 
-def test_single_experts_become_the_stack_that_transformers_holds(tmp_path: Path) -> None:
-    weights = state_of("moe")
-    single = plan(CONFIGS["moe"], "per_expert").apply(weights)
-    source = write(tmp_path / "single", single, "moe")
+def test_single_experts_become_the_stack_that_transformers_holds(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.state("moe")
+    single = plan(narrow.configs["moe"], "per_expert").apply(weights)
+    source = narrow.write(tmp_path / "single", single, "moe", shards=3)
     convert(source, tmp_path / "stacked", "hf")
     assert same(load(tmp_path / "stacked"), weights)
 
 
-def test_ranks_are_written_apart_and_hold_the_whole_together(dense: Path, tmp_path: Path) -> None:
-    weights = state_of("dense")
+def test_ranks_are_written_apart_and_hold_the_whole_together(
+    narrow: Any, dense: Path, tmp_path: Path
+) -> None:
+    weights = narrow.state("dense")
     for rank in range(2):
         convert(dense, tmp_path / str(rank), "sglang", tp=(rank, 2))
     plans = [plan(dense, "sglang", tp=(rank, 2)) for rank in range(2)]
@@ -179,8 +127,8 @@ def test_ranks_are_written_apart_and_hold_the_whole_together(dense: Path, tmp_pa
         convert(tmp_path / "0", tmp_path / "whole", "hf")
 
 
-def test_a_plan_of_ones_own_can_be_given(dense: Path, tmp_path: Path) -> None:
-    weights = state_of("dense")
+def test_a_plan_of_ones_own_can_be_given(narrow: Any, dense: Path, tmp_path: Path) -> None:
+    weights = narrow.state("dense")
     name = "model.embed_tokens.weight"
     own = WeightPlan(
         (TensorSpec(name, (32, 16)),),
@@ -202,13 +150,13 @@ def test_a_plan_of_ones_own_can_be_given(dense: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("chunk", [8, 24, 100, 1000])
 @pytest.mark.parametrize("tp", [None, (1, 2)])
 def test_pieces_of_any_size_make_the_same_bytes(
-    kind: str, layout: str, chunk: int, tp: tuple[int, int] | None, tmp_path: Path
+    narrow: Any, kind: str, layout: str, chunk: int, tp: tuple[int, int] | None, tmp_path: Path
 ) -> None:
     """Far below the length of a row, too: then a tile is a part of one row."""
     if tp and kind == "next":
         tp = (0, 1)
-    weights = state_of(kind)
-    source = write(tmp_path / "source", weights, kind)
+    weights = narrow.state(kind)
+    source = narrow.write(tmp_path / "source", weights, kind, shards=3)
     planned = plan(source, layout, tp=tp)
     tensors = PlannedTensors(read_tensors(source), planned, chunk)
     expected = planned.apply(weights)
@@ -225,7 +173,7 @@ def test_pieces_of_any_size_make_the_same_bytes(
 
 
 def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_one_starts_anew(
-    dense: Path, tmp_path: Path
+    narrow: Any, dense: Path, tmp_path: Path
 ) -> None:
     program = (
         "import sys, time; from fxfuse.runtime.convert import convert\n"
@@ -247,7 +195,7 @@ def test_a_killed_run_leaves_nothing_that_looks_complete_and_the_next_one_starts
     (left / "stale").mkdir()
     convert(dense, tmp_path / "there")
     assert not left.exists()
-    assert same(load(tmp_path / "there"), plan(dense).apply(state_of("dense")))
+    assert same(load(tmp_path / "there"), plan(dense).apply(narrow.state("dense")))
     assert not (tmp_path / "there" / "stale").exists()
 
 
@@ -325,10 +273,10 @@ def test_no_permission_is_an_error_of_ours(dense: Path, tmp_path: Path) -> None:
 
 
 def test_faulty_sources_are_named_with_file_and_tensor_and_nothing_is_written(
-    dense: Path, tmp_path: Path
+    narrow: Any, dense: Path, tmp_path: Path
 ) -> None:
     there = tmp_path / "there"
-    weights = state_of("dense")
+    weights = narrow.state("dense")
 
     def refused(match: str, error: type[Exception] = CheckpointError) -> None:
         with pytest.raises(error, match=match):
@@ -336,11 +284,11 @@ def test_faulty_sources_are_named_with_file_and_tensor_and_nothing_is_written(
         assert {path.name for path in tmp_path.iterdir()} <= {"dense", "out"}
 
     name = "model.layers.0.mlp.up_proj.weight"
-    write(dense, weights | {name: torch.zeros(25, 16, dtype=torch.bfloat16)})
+    narrow.write(dense, weights | {name: torch.zeros(25, 16, dtype=torch.bfloat16)}, shards=3)
     refused(rf"model-\d\.safetensors: {name} has shape \[25, 16\], by config\.json it has \[24, 16\]")
-    write(dense, weights | {name: torch.zeros(24, 16, dtype=torch.int32)})
+    narrow.write(dense, weights | {name: torch.zeros(24, 16, dtype=torch.int32)}, shards=3)
     refused(rf"model-\d\.safetensors: {name} has dtype I32; a weight holds floats")
-    write(dense, weights)
+    narrow.write(dense, weights, shards=3)
     shard = dense / "model-1.safetensors"
     whole = shard.read_bytes()
     shard.write_bytes(whole[:-1])
@@ -364,12 +312,12 @@ def test_faulty_sources_are_named_with_file_and_tensor_and_nothing_is_written(
     (dense / "config.json").write_text(config)
     (dense / "fxfuse_plan.json").write_text("{}")
     refused(r"fxfuse_plan\.json: not a readable weight plan")
-    own = plan(CONFIGS["dense"])
+    own = plan(narrow.configs["dense"])
     (dense / "fxfuse_plan.json").write_text(own.to_json())
     refused("its plan made .* the files have None")
 
 
-def test_a_link_into_the_blobs_of_a_hub_cache_is_followed(dense: Path, tmp_path: Path) -> None:
+def test_a_link_into_the_blobs_of_a_hub_cache_is_followed(narrow: Any, dense: Path, tmp_path: Path) -> None:
     snapshot = tmp_path / "repo" / "snapshots" / "abc"
     blobs = tmp_path / "repo" / "blobs"
     snapshot.mkdir(parents=True)
@@ -378,7 +326,7 @@ def test_a_link_into_the_blobs_of_a_hub_cache_is_followed(dense: Path, tmp_path:
         (blobs / str(i)).write_bytes(file.read_bytes())
         (snapshot / file.name).symlink_to(blobs / str(i))
     convert(snapshot, tmp_path / "there", "hf")
-    assert same(load(tmp_path / "there"), state_of("dense"))
+    assert same(load(tmp_path / "there"), narrow.state("dense"))
     assert not any(path.is_symlink() for path in (tmp_path / "there").iterdir())
 
 
@@ -395,14 +343,14 @@ def test_a_source_that_shrinks_meanwhile_is_an_error(dense: Path, tmp_path: Path
 # --- differences
 
 
-def test_differences_name_each_tensor_and_where(dense: Path, tmp_path: Path) -> None:
-    weights = state_of("dense")
+def test_differences_name_each_tensor_and_where(narrow: Any, dense: Path, tmp_path: Path) -> None:
+    weights = narrow.state("dense")
     name = "model.layers.1.mlp.up_proj.weight"
     changed = {n: t.clone() for n, t in weights.items() if n != "flag"}
     changed[name].view(torch.uint8)[3, 5] ^= 1
     changed["mtp.fc.weight"] = changed["mtp.fc.weight"].half()
     changed["new"] = torch.zeros(1)
-    other = write(tmp_path / "other", changed)
+    other = narrow.write(tmp_path / "other", changed, shards=3)
     convert(other, tmp_path / "fused")
     found = list(differences(dense, tmp_path / "fused"))
     assert sorted(line.split(":")[0] for line in found) == sorted([name, "flag", "mtp.fc.weight", "new"])
@@ -416,9 +364,9 @@ def test_differences_name_each_tensor_and_where(dense: Path, tmp_path: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["hf", "fused", "qwen3_next", "fastdeploy"])
-def test_memory_is_bounded_for_one_tensor_of_4_gib(layout: str, tmp_path: Path) -> None:
+def test_memory_is_bounded_for_one_tensor_of_4_gib(narrow: Any, layout: str, tmp_path: Path) -> None:
     """in_proj_qkv is 4 GiB of holes; the result is written in full and removed again."""
-    fields = NARROW | {"linear_num_key_heads": 64, "linear_num_value_heads": 128}
+    fields = narrow.sizes | {"linear_num_key_heads": 64, "linear_num_value_heads": 128}
     fields |= {"linear_key_head_dim": 128, "linear_value_head_dim": 128, "num_hidden_layers": 2}
     fields |= {"hidden_size": 2**16, "layer_types": ["linear_attention", "full_attention"]}
     config = Qwen3_5TextConfig(**fields, intermediate_size=8)
@@ -457,12 +405,12 @@ def test_memory_is_bounded_for_one_tensor_of_4_gib(layout: str, tmp_path: Path) 
         subprocess.run(["rm", "-rf", str(tmp_path / "there"), str(source)], check=True)
 
 
-def test_progress_counts_every_byte_once(dense: Path, tmp_path: Path) -> None:
+def test_progress_counts_every_byte_once(narrow: Any, dense: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     start = time.perf_counter()
     result = convert(dense, tmp_path / "there", progress=lambda done, total: seen.append((done, total)))
     assert [done for done, _ in seen] == sorted({done for done, _ in seen})
     assert seen[-1] == (result.bytes, result.bytes)
     assert 0 < result.seconds <= time.perf_counter() - start
-    assert result.bytes == sum(t.nbytes for t in state_of("dense").values())
+    assert result.bytes == sum(t.nbytes for t in narrow.state("dense").values())
     assert json.loads(result.to_json())["changed"] == len(plan(dense))

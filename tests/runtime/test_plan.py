@@ -6,15 +6,14 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from transformers import (
-    AutoModelForCausalLM,
     LlamaConfig,
-    PretrainedConfig,
     PreTrainedModel,
     Qwen3_5Config,
     Qwen3_5ForCausalLM,
@@ -22,7 +21,6 @@ from transformers import (
     Qwen3_5MoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
-    Qwen3NextConfig,
 )
 
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
@@ -30,34 +28,7 @@ from fxfuse.passes.weights import WeightPlan
 from fxfuse.runtime.plan import _STEPS, LAYOUTS, plan
 from fxfuse.runtime.shapes import text_config
 
-NARROW = {
-    "hidden_size": 16,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-    "vocab_size": 32,
-}
-SPARSE = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 8,
-    "shared_expert_intermediate_size": 12,
-}
-CONFIGS: dict[str, PretrainedConfig] = {
-    "dense": Qwen3_5TextConfig(**NARROW, intermediate_size=24),
-    "dense with biases": Qwen3_5TextConfig(**NARROW, intermediate_size=24, attention_bias=True),
-    "moe": Qwen3_5MoeTextConfig(**NARROW, **SPARSE),
-    "next": Qwen3NextConfig(**NARROW, **SPARSE, intermediate_size=24, mlp_only_layers=[1]),
-}
-
-
-def narrow_model(kind: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_config(CONFIGS[kind]).eval()
+KINDS = ["dense", "dense with biases", "moe", "next"]
 
 
 class LinearCalls(TorchFunctionMode):
@@ -91,17 +62,19 @@ def merges_seen_in_forward(model: PreTrainedModel) -> set[tuple[str, ...]]:
     return merges
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_groups_are_the_linears_that_read_one_input_in_the_order_of_their_calls(kind: str) -> None:
-    model = narrow_model(kind)
+@pytest.mark.parametrize("kind", KINDS)
+def test_groups_are_the_linears_that_read_one_input_in_the_order_of_their_calls(
+    narrow: Any, kind: str
+) -> None:
+    model = narrow.model(kind)
     merges = merges_seen_in_forward(model)
     assert {t.rows.sources for t in plan(model).transforms} == merges
     assert len(merges) == {"dense": 8, "dense with biases": 9, "moe": 8, "next": 8}[kind]
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_fused_weights_are_the_members_stacked(kind: str) -> None:
-    model = narrow_model(kind).to(torch.bfloat16)
+@pytest.mark.parametrize("kind", KINDS)
+def test_fused_weights_are_the_members_stacked(narrow: Any, kind: str) -> None:
+    model = narrow.model(kind).to(torch.bfloat16)
     weights = model.state_dict()
     planned = plan(model)
     fused = planned.apply(weights)
@@ -127,15 +100,15 @@ def test_0_8b_has_the_groups_and_widths_of_the_published_model() -> None:
     }
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_a_config_gives_the_template_of_its_model(kind: str) -> None:
-    template, model = plan(CONFIGS[kind]), narrow_model(kind)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_config_gives_the_template_of_its_model(narrow: Any, kind: str) -> None:
+    template, model = plan(narrow.configs[kind]), narrow.model(kind)
     assert {spec.dtype for spec in (*template.sources, *template.targets)} == {None}
     assert template.bind(model.state_dict()).digest == plan(model).digest
 
 
-def test_a_composite_config_gives_the_names_of_its_files() -> None:
-    config = Qwen3_5Config(text_config=CONFIGS["dense"].to_dict())
+def test_a_composite_config_gives_the_names_of_its_files(narrow: Any) -> None:
+    config = Qwen3_5Config(text_config=narrow.configs["dense"].to_dict())
     with torch.device("meta"):
         model = Qwen3_5ForConditionalGeneration(config)
     from_model = plan(model)
@@ -143,7 +116,7 @@ def test_a_composite_config_gives_the_names_of_its_files() -> None:
     assert plan(config).bind(model.state_dict()).digest == from_model.digest
     assert all(source.name.startswith("model.language_model.layers.") for source in from_model.sources)
     # and onto the text model, which has them elsewhere
-    text = narrow_model("dense")
+    text = narrow.model("dense")
     assert plan(config).bind(text.state_dict()).digest == plan(text).digest
 
 
@@ -155,54 +128,54 @@ def test_a_large_mixture_of_experts_is_planned_quickly_and_without_weights() -> 
     assert planned.targets[1].shape == (2 * 512 + 256 + 1, 2048)
 
 
-def test_hf_changes_nothing() -> None:
-    assert plan(CONFIGS["dense"], "hf") == WeightPlan()
+def test_hf_changes_nothing(narrow: Any) -> None:
+    assert plan(narrow.configs["dense"], "hf") == WeightPlan()
 
 
-def test_digest_does_not_depend_on_where_the_names_come_from(tmp_path: Path) -> None:
-    model = narrow_model("moe")
-    checkpoint(tmp_path, model.state_dict(), CONFIGS["moe"])
+def test_digest_does_not_depend_on_where_the_names_come_from(narrow: Any, tmp_path: Path) -> None:
+    model = narrow.model("moe")
+    narrow.write(tmp_path, model.state_dict(), narrow.configs["moe"])
     assert plan(tmp_path).digest == plan(str(tmp_path)).digest == plan(model).digest
 
 
 # --- groups that cannot be merged
 
 
-def test_a_group_of_two_dtypes_stays_as_it_is() -> None:
-    model = narrow_model("dense")
+def test_a_group_of_two_dtypes_stays_as_it_is(narrow: Any) -> None:
+    model = narrow.model("dense")
     model.model.layers[0].linear_attn.in_proj_b.half()
     targets = {target.name for target in plan(model).targets}
     assert len(targets) == 7
     assert "model.layers.0.linear_attn.in_proj_qkv_z_b_a.weight" not in targets
 
 
-def test_a_group_with_a_bias_on_one_member_stays_as_it_is() -> None:
-    model = narrow_model("dense")
+def test_a_group_with_a_bias_on_one_member_stays_as_it_is(narrow: Any) -> None:
+    model = narrow.model("dense")
     model.model.layers[1].mlp.up_proj.bias = torch.nn.Parameter(torch.zeros(24))
     assert "model.layers.1.mlp.gate_up_proj.weight" not in {target.name for target in plan(model).targets}
     assert len(plan(model)) == 7
 
 
-def test_an_incomplete_group_is_refused(tmp_path: Path) -> None:
-    weights = narrow_model("dense").state_dict()
+def test_an_incomplete_group_is_refused(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.model("dense").state_dict()
     del weights["model.layers.2.linear_attn.in_proj_a.weight"]
-    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    narrow.write(tmp_path, weights, narrow.configs["dense"])
     with pytest.raises(PlanError, match=r"^model\.layers\.2\.linear_attn\.in_proj_a\.weight: missing"):
         plan(tmp_path)
 
 
-def test_members_of_different_widths_are_refused(tmp_path: Path) -> None:
-    weights = narrow_model("dense").state_dict()
+def test_members_of_different_widths_are_refused(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.model("dense").state_dict()
     weights["model.layers.0.mlp.up_proj.weight"] = torch.randn(24, 15)
-    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    narrow.write(tmp_path, weights, narrow.configs["dense"])
     with pytest.raises(PlanError, match=r"cannot hold those of model\.layers\.0\.mlp\.up_proj\.weight"):
         plan(tmp_path)
 
 
-def test_a_fused_checkpoint_is_not_planned_again(tmp_path: Path) -> None:
-    model = narrow_model("dense")
+def test_a_fused_checkpoint_is_not_planned_again(narrow: Any, tmp_path: Path) -> None:
+    model = narrow.model("dense")
     planned = plan(model)
-    checkpoint(tmp_path, planned.apply(model.state_dict()), CONFIGS["dense"])
+    narrow.write(tmp_path, planned.apply(model.state_dict()), narrow.configs["dense"])
     assert plan(tmp_path) == WeightPlan()
     assert plan(tmp_path, "hf").digest == planned.inverse().digest
 
@@ -216,27 +189,27 @@ def test_a_fused_checkpoint_is_not_planned_again(tmp_path: Path) -> None:
     ],
 )
 def test_checkpoints_that_other_programs_fused_are_recognised(
-    kind: str, layout: str, prefix: str, tmp_path: Path
+    narrow: Any, kind: str, layout: str, prefix: str, tmp_path: Path
 ) -> None:
     """Without a plan beside them, in the names of files of one part or of two."""
-    weights = narrow_model(kind).to(torch.bfloat16).state_dict()
+    weights = narrow.model(kind).to(torch.bfloat16).state_dict()
     weights["mtp.layers.0.self_attn.q_proj.weight"] = torch.randn(4, 16)
-    there = plan(CONFIGS[kind], layout).apply(weights)
+    there = plan(narrow.configs[kind], layout).apply(weights)
     foreign = {name.replace("model.", prefix, 1): tensor for name, tensor in there.items()}
-    checkpoint(tmp_path, foreign, CONFIGS[kind])
+    narrow.write(tmp_path, foreign, narrow.configs[kind])
     back = plan(tmp_path, "hf").apply(foreign)
     assert back.keys() == {name.replace("model.", prefix, 1) for name in weights}
     assert all(torch.equal(back[n.replace("model.", prefix, 1)], t) for n, t in weights.items())
     for other in ("fused", "sglang"):
-        got, expected = plan(tmp_path, other).apply(foreign), plan(CONFIGS[kind], other).apply(weights)
+        got, expected = plan(tmp_path, other).apply(foreign), plan(narrow.configs[kind], other).apply(weights)
         assert got.keys() == {name.replace("model.", prefix, 1) for name in expected}
         assert all(torch.equal(got[n.replace("model.", prefix, 1)], t) for n, t in expected.items())
 
 
-def test_a_part_of_a_fused_checkpoint_is_in_no_layout(tmp_path: Path) -> None:
-    weights = plan(CONFIGS["dense"], "sglang").apply(narrow_model("dense").state_dict())
+def test_a_part_of_a_fused_checkpoint_is_in_no_layout(narrow: Any, tmp_path: Path) -> None:
+    weights = plan(narrow.configs["dense"], "sglang").apply(narrow.model("dense").state_dict())
     del weights["model.layers.1.linear_attn.in_proj_ba.weight"]
-    checkpoint(tmp_path, weights, CONFIGS["dense"])
+    narrow.write(tmp_path, weights, narrow.configs["dense"])
     with pytest.raises(PlanError, match="they are in another layout already, or belong to another part"):
         plan(tmp_path)
 
@@ -244,12 +217,12 @@ def test_a_part_of_a_fused_checkpoint_is_in_no_layout(tmp_path: Path) -> None:
 # --- what is asked wrongly
 
 
-def test_unknown_names_are_refused_with_the_known_ones() -> None:
+def test_unknown_names_are_refused_with_the_known_ones(narrow: Any) -> None:
     with pytest.raises(PlanError, match="layout 'sideways' is not known; known are: hf, fused"):
-        plan(CONFIGS["dense"], "sideways")
+        plan(narrow.configs["dense"], "sideways")
     for tp in ((2, 2), (-1, 2), (0, 0), (0, True)):
         with pytest.raises(PlanError, match="with 0 <= rank < world"):
-            plan(CONFIGS["dense"], tp=tp)
+            plan(narrow.configs["dense"], tp=tp)
     with pytest.raises(
         UnsupportedModelError, match=r"model_type 'llama'; known are: qwen3_5_text, qwen3_5, "
     ):
@@ -260,8 +233,8 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         plan(3)  # type: ignore[arg-type]
 
 
-def test_quantised_weights_are_refused_by_format(tmp_path: Path) -> None:
-    weights = narrow_model("dense").state_dict()
+def test_quantised_weights_are_refused_by_format(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.model("dense").state_dict()
     for name, fields in {
         "gptq": {"quant_method": "gptq"},
         "awq": {"quant_method": "awq"},
@@ -273,60 +246,41 @@ def test_quantised_weights_are_refused_by_format(tmp_path: Path) -> None:
             "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}},
         },
     }.items():
-        checkpoint(tmp_path, weights, CONFIGS["dense"].to_dict() | {"quantization_config": fields})
+        narrow.write(tmp_path, weights, narrow.configs["dense"].to_dict() | {"quantization_config": fields})
         with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
             plan(tmp_path)
         with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
-            plan(Qwen3_5TextConfig(**NARROW, quantization_config=fields))
+            plan(Qwen3_5TextConfig(**narrow.sizes, quantization_config=fields))
     groups = {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}
     fields = {"quant_method": "compressed-tensors", "config_groups": groups}
     with pytest.raises(PlanError, match="quantised with compressed-tensors: only the files say"):
-        plan(Qwen3_5TextConfig(**NARROW, quantization_config=fields))
+        plan(Qwen3_5TextConfig(**narrow.sizes, quantization_config=fields))
 
 
 # --- checkpoints
 
 
-def checkpoint(
-    directory: Path,
-    weights: dict[str, torch.Tensor],
-    config: PretrainedConfig | dict[str, object],
-    shards: int = 1,
-) -> None:
-    """A checkpoint directory; with several shards an index goes with it."""
-    fields = config if isinstance(config, dict) else config.to_dict()
-    (directory / "config.json").write_text(json.dumps(fields, default=str))
-    own = {name: tensor.clone() for name, tensor in weights.items()}  # tied weights are saved once each
-    if shards == 1:
-        save_file(own, directory / "model.safetensors")
-        return
-    files = {name: f"model-{i % shards}.safetensors" for i, name in enumerate(own)}
-    for file in set(files.values()):
-        save_file({name: tensor for name, tensor in own.items() if files[name] == file}, directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
-
-
 @pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    checkpoint(tmp_path, narrow_model("dense").state_dict(), CONFIGS["dense"], shards=3)
+def sharded(narrow: Any, tmp_path: Path) -> Path:
+    narrow.write(tmp_path, narrow.model("dense").state_dict(), narrow.configs["dense"], shards=3)
     return tmp_path
 
 
 def test_shards_with_an_index_give_the_plan_of_one_file(
-    sharded: Path, tmp_path_factory: pytest.TempPathFactory
+    narrow: Any, sharded: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     one = tmp_path_factory.mktemp("one")
-    checkpoint(one, narrow_model("dense").state_dict(), CONFIGS["dense"])
+    narrow.write(one, narrow.model("dense").state_dict(), narrow.configs["dense"])
     assert plan(sharded) == plan(one)
     assert len(plan(one)) == 8
 
 
-def test_an_official_checkpoint_keeps_its_dtypes_and_other_parts(tmp_path: Path) -> None:
-    text = narrow_model("dense").to(torch.bfloat16).state_dict()
+def test_an_official_checkpoint_keeps_its_dtypes_and_other_parts(narrow: Any, tmp_path: Path) -> None:
+    text = narrow.model("dense").to(torch.bfloat16).state_dict()
     weights = {name.replace("model.", "model.language_model.", 1): tensor for name, tensor in text.items()}
     weights |= {f"mtp.layers.0.mlp.{n}_proj.weight": torch.randn(24, 16) for n in ("gate", "up")}
-    config = Qwen3_5Config(text_config=CONFIGS["dense"].to_dict())
-    checkpoint(tmp_path, weights, config)
+    config = Qwen3_5Config(text_config=narrow.configs["dense"].to_dict())
+    narrow.write(tmp_path, weights, config)
     planned = plan(tmp_path)
     assert len(planned) == 8
     assert {source.dtype for source in planned.sources} == {"bfloat16"}
@@ -435,10 +389,10 @@ def test_a_tensor_in_two_files_is_refused(sharded: Path) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", ["dense", "moe", "next"])
 def test_every_layout_is_planned_alike_from_config_model_and_directory(
-    kind: str, layout: str, tmp_path: Path
+    narrow: Any, kind: str, layout: str, tmp_path: Path
 ) -> None:
-    config, model = CONFIGS[kind], narrow_model(kind)
-    checkpoint(tmp_path, model.state_dict(), config)
+    config, model = narrow.configs[kind], narrow.model(kind)
+    narrow.write(tmp_path, model.state_dict(), config)
     nothing = {("dense", "per_expert"): "in it already, or the model has no such parts"}
     if (kind, layout) in nothing:
         for source in (config, model, tmp_path):
@@ -459,8 +413,8 @@ def test_every_layout_is_planned_alike_from_config_model_and_directory(
 
 
 @pytest.mark.parametrize("layout", ["hf", "fused", "sglang", "fastdeploy"])
-def test_ranks_of_a_layout_are_parts_of_its_heads(layout: str) -> None:
-    model = narrow_model("dense")
+def test_ranks_of_a_layout_are_parts_of_its_heads(narrow: Any, layout: str) -> None:
+    model = narrow.model("dense")
     weights = model.state_dict()
     for rank in range(2):
         held = plan(model, layout, tp=(rank, 2)).apply(weights)
@@ -477,10 +431,10 @@ def test_the_names_and_programs_are_written_down() -> None:
         assert "Read by: " in (sys.modules[step.__module__].__doc__ or "")
 
 
-def test_a_layout_by_heads_needs_their_sizes(tmp_path: Path) -> None:
-    fields = CONFIGS["dense"].to_dict()
+def test_a_layout_by_heads_needs_their_sizes(narrow: Any, tmp_path: Path) -> None:
+    fields = narrow.configs["dense"].to_dict()
     del fields["linear_num_key_heads"]
-    checkpoint(tmp_path, narrow_model("dense").state_dict(), fields)
+    narrow.write(tmp_path, narrow.model("dense").state_dict(), fields)
     with pytest.raises(PlanError, match="linear_num_key_heads is None"):
         plan(tmp_path, "qwen3_next")
     assert len(plan(tmp_path, "fused")) == 8
