@@ -309,7 +309,8 @@ def _say_packed(report: Report) -> None:
 
 
 def _summary(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+    lines = str(error).strip().splitlines()  # of torch's, the others are the code that was being traced
+    return f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")
 
 
 def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import count
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.utils.checkpoint import CheckpointPolicy
 
 Input = torch.Tensor | torch.SymInt | int
+
+_regions = count(1)
 
 
 def placeholders(graph_module: GraphModule) -> list[Node]:
@@ -48,7 +52,19 @@ class _Retracer(Interpreter):
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()
+        if target is torch.ops.higher_order.tag_activation_checkpoint:
+            body, *rest = args
+            if "_checkpoint_context_fn" not in body.meta:  # that is selective: only torch knows what it keeps
+                return self._checkpointed(body, rest)
         return super().call_function(target, args, kwargs)
+
+    def _checkpointed(self, body: GraphModule, args: Sequence[Any]) -> Any:
+        """The body of an activation checkpoint in line, marked for AOTAutograd to compute it again."""
+        region = next(_regions)
+        for node in body.graph.nodes:
+            node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+            node.meta["ac_graph_id"] = region
+        return _Retracer(body).run(*args)
 
 
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:

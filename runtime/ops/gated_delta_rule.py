@@ -153,9 +153,9 @@ def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
 
 
 def _backward(ctx, grad_out, grad_state):  # type: ignore[no-untyped-def]
-    grads = chunk_gated_delta_rule_backward(grad_out, grad_state, *ctx.saved_tensors, ctx.normalise)
-    *rest, state = grads
-    return (*rest, None if ctx.saved_tensors[5] is None else state, None)
+    saved = ctx.saved_tensors  # once: under activation checkpointing each look unpacks them
+    *rest, state = chunk_gated_delta_rule_backward(grad_out, grad_state, *saved, ctx.normalise)
+    return (*rest, None if saved[5] is None else state, None)
 
 
 chunk_gated_delta_rule.register_autograd(_backward, setup_context=_save)
