@@ -24,17 +24,13 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, behind, call, erase, read_by, writers_of
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by, writers_of
 from fxfuse.passes.row_parts import Part, parts_of
 from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
 
 RULE = "gdn_decode"
 LARGEST_EPS = 1e-2
-
-
-class Refused(Exception):
-    """Why a candidate is left alone."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +63,12 @@ class Sizes:
     def of(cls, conv_state: Node, state: Node) -> "Sizes":
         (_, channels, _), (_, heads, dk, dv) = (n.meta["val"].shape for n in (conv_state, state))
         if not all(isinstance(n, int) for n in (channels, heads, dk, dv)):
-            raise Refused("sizes of its states vary")
+            raise Refused(state, "sizes of its states vary")
         key_heads, rest = divmod(channels - heads * dv, 2 * dk)
         if rest or key_heads < 1 or heads % key_heads:
-            raise Refused(f"{channels} channels are not the queries, keys and values of {heads} heads")
+            raise Refused(
+                conv_state, f"{channels} channels are not the queries, keys and values of {heads} heads"
+            )
         return cls(key_heads, heads // key_heads, dk, dv)
 
 
@@ -139,7 +137,10 @@ def readings(found: Candidate) -> Iterator[Reading]:
     biases = by_shape.get((sizes.channels,), [])
     vectors = [n for n in parameters if n not in (*taps, *biases)]
     if len(taps) != 1 or len(biases) > 1 or len(vectors) != 3:
-        raise Refused(f"it reads {len(parameters)} tensors besides its rows and states: {_names(parameters)}")
+        raise Refused(
+            found.result,
+            f"it reads {len(parameters)} tensors besides its rows and states: {_names(parameters)}",
+        )
     orders = [
         order
         for order in permutations(vectors)
@@ -149,7 +150,7 @@ def readings(found: Candidate) -> Iterator[Reading]:
     choices = list(_parts(rows, sizes))
     epsilons = sorted({x for n in found.region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)})
     if not orders or not choices or not epsilons:
-        raise Refused("its inputs do not have the shapes of gates, norm and the parts of a row")
+        raise Refused(found.result, "its inputs do not have the shapes of gates, norm and the parts of a row")
     for parts, (A_log, dt_bias, norm_weight), eps in product(choices, orders, epsilons):
         bias = biases[0] if biases else None
         yield Reading(sizes, parts, taps[0], bias, (A_log, dt_bias), norm_weight, eps)
@@ -209,7 +210,7 @@ def _shape_of(result: Node) -> list[int]:
     """The shape as an argument of reshape; one size may vary."""
     shape = [size if isinstance(size, int) else -1 for size in result.meta["val"].shape]
     if shape.count(-1) > 1:
-        raise Refused("more than one size varies")
+        raise Refused(result, "more than one size varies")
     return shape
 
 
@@ -219,19 +220,21 @@ def _accepted(guards: Guards, judge: Judge, found: Candidate) -> Reading:
     states = (found.conv_state, found.state)
     reason = guards.reason(found.region, [found.result], {dtype, torch.float32}, states)
     if reason is not None:
-        raise Refused(reason[1])
+        raise Refused(*reason)
     early = [u for u in found.result.users if guards.position[u] < guards.position[found.region[-1]]]
     if early:
-        raise Refused(f"{early[0].name} reads the result before a state is written")
+        raise Refused(early[0], f"{early[0].name} reads the result before a state is written")
     shape = _shape_of(found.result)
     for reading in readings(found):
         if any(part.linear.meta["val"].dtype != dtype for part in reading.parts):
-            raise Refused("its rows and its result differ in dtype")
+            raise Refused(found.result, "its rows and its result differ in dtype")
         name = f"{[part.features for part in reading.parts]} {reading.eps} {_order(found, reading)}"
         run = _operator_on(found, reading, shape)
         if judge.equal(found.region, [found.result], run, name, states):
             return reading
-    raise Refused("run on random values it is no step of the gated delta rule as gdn_decode takes it")
+    raise Refused(
+        found.result, "run on random values it is no step of the gated delta rule as gdn_decode takes it"
+    )
 
 
 def _order(found: Candidate, reading: Reading) -> list[int]:
@@ -278,7 +281,7 @@ def run(program: Program) -> Outcome:
         try:
             accepted.append((found, _accepted(guards, judge, found)))
         except Refused as refusal:
-            outcome.misses.append(Miss(RULE, where, found.result.name, str(refusal)))
+            outcome.misses.append(Miss(RULE, where, refusal.node.name, refusal.reason))
             continue
         outcome.matches.append(Match(RULE, where, (), f"{len(found.region)} calls → 1"))
     for found, reading in accepted:

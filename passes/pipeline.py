@@ -11,6 +11,7 @@ from fxfuse.passes import (
     gdn_decode,
     layout_chains,
     one_row_linears,
+    qk_norm_rope_gate,
     rms_norm,
     same_input_linears,
     sigmoid_gate,
@@ -40,6 +41,7 @@ class Pass:
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
     Pass("gdn_decode", gdn_decode.run, target="cuda"),
+    Pass("qk_norm_rope_gate", qk_norm_rope_gate.run, target="cuda"),
     Pass("gated_rms_norm", gated_rms_norm.RULE.run, target="cuda"),
     Pass("rms_norm", rms_norm.run, target="cuda"),
     Pass("add_rms_norm", add_rms_norm.run, target="cuda"),

@@ -1,5 +1,6 @@
 """A part of a graph that one call is to replace: its nodes, why it may not be, and the replacement."""
 
+import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
@@ -7,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 
 from fxfuse.passes.modes import PLAIN, modes
@@ -62,6 +64,14 @@ def read_by(region: Sequence[Node]) -> list[Node]:
     return list(dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside))
 
 
+class Refused(Exception):
+    """Why a candidate is left alone: the node that decides, and the reason."""
+
+    def __init__(self, node: Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
 class Guards:
     """Reasons to leave a region of one program alone."""
 
@@ -85,11 +95,12 @@ class Guards:
             states: inputs that the region writes, and the call that replaces it.
         """
         inside = set(region)
+        given = {storage_of(n) for n in read_by(region)} - {None} - {storage_of(s) for s in states}
         for node in region:
             if self.modes[node] != PLAIN:
                 return node, "grad mode or autocast is on here: call under torch.no_grad()"
             user = next((user for user in node.users if user not in inside), None)
-            if user is not None and node not in outputs and not _is_view_of_input(node, inside):
+            if user is not None and node not in outputs and not _is_still_there(node, inside, given):
                 return node, f"{node.name} is used by {user.name} outside"
             value = node.meta.get("val")
             if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes:
@@ -118,8 +129,12 @@ class Guards:
         return None
 
 
-def _is_view_of_input(node: Node, inside: Collection[Node]) -> bool:
-    """A cast of an input, which may stay in the graph for others."""
+def _is_still_there(node: Node, inside: Collection[Node], given: Collection[int | None]) -> bool:
+    """A view or a cast of an input: it costs nothing, and may stay in the graph for others."""
+    value = node.meta.get("val")
+    tensors = value if isinstance(value, (list, tuple)) else [value]
+    if all(isinstance(v, Tensor) and v.untyped_storage()._cdata in given for v in tensors):
+        return True
     while is_cast(node):
         node = node.args[0]  # type: ignore[assignment]
         if node not in inside:
@@ -135,7 +150,19 @@ def call(program: Program, like: Node, target: Any, *args: Any) -> Node:
 
 
 def erase(program: Program, region: Sequence[Node]) -> None:
-    """Remove the nodes that nobody uses any more, writes as well."""
+    """Remove the nodes that nobody uses any more, writes as well, and what was computed for them alone."""
+    there = set(program.graph.nodes)
     for node in reversed(region):
-        if not node.users:
-            program.graph.erase_node(node)
+        waiting = [node] if not node.users and node in there else []
+        while waiting:
+            unused = waiting.pop()
+            inputs = unused.all_input_nodes
+            program.graph.erase_node(unused)
+            there.remove(unused)
+            waiting += [n for n in inputs if not n.users and _is_pure(n)]
+
+
+def _is_pure(node: Node) -> bool:
+    if node.op != "call_function" or written_by(node):
+        return False
+    return node.target is operator.getitem or isinstance(node.target, OpOverload)

@@ -4,7 +4,6 @@ Before: y = reshape(attention, [B, T, H·D]) * sigmoid(reshape(gate, [B, T, H·D
 After:  y = reshape(sigmoid_gate_mul(attention, gate), [B, T, H·D])
 """
 
-import torch
 from torch.fx import Node
 
 from fxfuse.passes.formula_rule import FormulaRule
@@ -13,6 +12,8 @@ from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes
 from fxfuse.patterns import idioms, ops
 from fxfuse.patterns.matcher import Bound
+
+JOINS = (ops.RESHAPE, "aten.flatten.using_ints")
 
 
 def gate_is_broadcast(bound: Bound) -> str | None:
@@ -41,14 +42,14 @@ def run(program: Program) -> Outcome:
 
 def _join_after(program: Program, writes: StorageWrites, node: Node) -> None:
     joined = [operand for operand in node.args if isinstance(operand, Node)]
-    if any(str(n.target) != ops.RESHAPE or writes.is_written(n) for n in joined):
+    if any(str(n.target) not in JOINS or writes.is_written(n) for n in joined):
         return
     sources: list[Node] = [n.args[0] for n in joined]  # type: ignore[misc]
     if not equal_sizes(*(n.meta["val"].shape for n in sources)):
         return
-    shape = joined[0].args[1]
+    how = joined[0]
     with program.graph.inserting_after(node):
-        after = program.graph.call_function(torch.ops.aten.reshape.default, (node, shape))
+        after = program.graph.call_function(how.target, (node, *how.args[1:]))  # type: ignore[arg-type]
     after.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
     node.replace_all_uses_with(after, delete_user_cb=lambda user: user is not after)
     node.args = tuple(sources)

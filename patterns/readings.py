@@ -33,3 +33,8 @@ SUMS = {
 CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"
 CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
+
+# Cut or repeat keys and values on their way to attention.
+REPEATS = BROADCASTS | frozenset(
+    {"aten.clone.default", "aten.contiguous.default", "aten.repeat_interleave.self_int"}
+)

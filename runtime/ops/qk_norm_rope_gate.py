@@ -55,8 +55,8 @@ def reference(
     Args:
         query: [B, T, nh, D]; key, value: [B, T, nkv, D]; any float dtypes and strides.
         q_weight, k_weight: [D], zero-centred. cos, sin: [B or 1, T, R], R even and at most D.
-        key_cache, value_cache: [B, nkv, L, D], in place at the positions. Where there is no static cache
-            they are empty tensors with L = T.
+        key_cache, value_cache: [B, nkv, L, D], L of each its own, in place at the positions. Where there is
+            no static cache they are empty tensors with L = T.
         positions: integers [T], or one alone for the first of T that follow each other. All have to be
             inside the cache; on a GPU one that is not is not written.
 
@@ -144,7 +144,8 @@ def _qk_norm_rope_gate(  # type: ignore[no-untyped-def]
     length,
     heads,
     kv_heads,
-    cache_length,
+    key_length,
+    value_length,
     head_dim,
     rotary,
     eps,
@@ -227,9 +228,10 @@ def _qk_norm_rope_gate(  # type: ignore[no-untyped-def]
             position = tl.load(positions).to(tl.int64) + t
         else:
             position = tl.load(positions + t * positions_stride, mask=in_t, other=-1).to(tl.int64)
-        mask = mask & ((position >= 0) & (position < cache_length))[:, None]
+        mask = mask & (position >= 0)[:, None]
         kv_head = (head - heads) % kv_heads
         if head < heads + kv_heads:
+            mask = mask & (position < key_length)[:, None]
             tile = _normed_and_rotated_tile(
                 key + batch * key_stride_b + kv_head * key_stride_h,
                 k_weight,
@@ -253,6 +255,7 @@ def _qk_norm_rope_gate(  # type: ignore[no-untyped-def]
             place = place + position[:, None] * key_cache_stride_l + d[None, :] * key_cache_stride_d
             tl.store(place, tile.to(key_cache.dtype.element_ty), mask=mask)
         else:
+            mask = mask & (position < value_length)[:, None]
             place = value + batch * value_stride_b + kv_head * value_stride_h + step * value_stride_t
             copied = tl.load(place + d[None, :] * value_stride_d, mask=mask)
             place = value_cache + batch * value_cache_stride_b + kv_head * value_cache_stride_h
@@ -301,6 +304,7 @@ def _launch(
         heads,
         kv_heads,
         key_cache.shape[2],
+        value_cache.shape[2],
         head_dim,
         cos.shape[-1],
         eps,
@@ -369,7 +373,6 @@ def _check(
     batch, length, _, head_dim = query.shape
     kv_heads = key.shape[2]
     rotary = cos.shape[-1]
-    cache = (batch, kv_heads, key_cache.shape[2], head_dim)
     expected: dict[str, tuple[Tensor, list[tuple[int, ...]]]] = {
         "key": (key, [(batch, length, kv_heads, head_dim)]),
         "value": (value, [(batch, length, kv_heads, head_dim)]),
@@ -377,8 +380,8 @@ def _check(
         "k_weight": (k_weight, [(head_dim,)]),
         "cos": (cos, [(batch, length, rotary), (1, length, rotary)]),
         "sin": (sin, [(batch, length, rotary), (1, length, rotary)]),
-        "key_cache": (key_cache, [cache]),
-        "value_cache": (value_cache, [cache]),
+        "key_cache": (key_cache, [(batch, kv_heads, key_cache.shape[2], head_dim)]),
+        "value_cache": (value_cache, [(batch, kv_heads, value_cache.shape[2], head_dim)]),
     }
     wrong = [
         f"{what} is {tuple(x.shape)}, not {' or '.join(map(str, shapes))}"
