@@ -22,19 +22,20 @@ def fold_idle_calls(program: Program) -> None:
     """Rewrite in place; a result that is written, returned or read by its strides stays a copy."""
     writes_to_values(program)
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
-    folded = False
+    stale: set[Node] = set()
     for node in program.calls(*ops.ARITHMETIC):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
             continue
         if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed:
             continue
-        for user in node.users:
-            user.meta.pop("val", None)
+        stale |= set(node.users)
         node.replace_all_uses_with(source)
         program.graph.erase_node(node)
-        folded = True
-    if folded:
+        stale.discard(node)
+    for node in stale:
+        node.meta.pop("val", None)
+    if stale:
         program.refresh()
 
 
@@ -74,16 +75,18 @@ def writes_to_values(program: Program) -> None:
     for storage, nodes in sharing.items():
         if storage is None or len(nodes) == 1:
             continue
-        values = _values_of_writes(nodes)
-        if values is None or (storage in fixed and not _laid_out_alike(program, nodes, values)):
-            continue
         position = {node: i for i, node in enumerate(program.graph.nodes)}
-        for node in nodes:
+        values = _values_of_writes(nodes, position)
+        if not values or (storage in fixed and not _laid_out_alike(program, nodes, values)):
+            continue
+        written = nodes[: len(values) + 1]
+        for node in written:
             for user in list(node.users):
-                latest = [n for n in nodes if position[n] < position[user]][-1]
+                latest = [n for n in written if position[n] < position[user]][-1]
                 user.replace_input_with(node, latest)
-        for node, target in zip(nodes[1:], values, strict=True):
+        for node, target in zip(written[1:], values, strict=True):
             node.target = target
+        for node in nodes[1:]:
             node.meta.pop("val", None)
         _drop_copy(program, writes, nodes[0])
         changed = True
@@ -100,30 +103,33 @@ def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
         program.graph.erase_node(root)
 
 
-def _values_of_writes(nodes: list[Node]) -> list[Any] | None:
-    """For memory whose first node made it and whose others each write all of it: what they compute."""
+def _values_of_writes(nodes: list[Node], position: dict[Node, int]) -> list[Any]:
+    """What the writes compute, for memory that one node makes and others then write as a whole.
+
+    Views of it may follow the last write; nothing for any other memory.
+    """
     root, *later = nodes
     if root.op != "call_function" or written_by(root):
-        return None
-    for node in later:
-        if (
-            node.args[:1] == ()
-            or node.args[0] not in nodes
-            or any(n in nodes for n in node.all_input_nodes[1:])
-        ):
-            return None
+        return []
+    writes = [node for node in later if written_by(node)]
+    if later[: len(writes)] != writes or not writes:
+        return []
+    for node in writes:
+        if node.args[0] not in nodes or any(n in nodes for n in node.all_input_nodes[1:]):
+            return []
     for user in (user for node in nodes for user in node.users):
-        if user not in later and any(n in nodes for n in written_by(user)):
-            return None
-    values = [_as_value(node) for node in later]
-    return None if any(value is None for value in values) else values
+        is_list = not isinstance(user.meta.get("val"), Tensor) and position[user] < position[writes[-1]]
+        if user not in writes and (is_list or any(n in nodes for n in written_by(user))):
+            return []
+    values = [_as_value(node) for node in writes]
+    return [] if any(value is None for value in values) else values
 
 
 def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> bool:
     """Whether what is computed as a value has the strides that the memory has."""
     own = nodes[0].meta["val"]
     with program.fake_mode or nullcontext(), torch.no_grad():
-        for node, function in zip(nodes[1:], values, strict=True):
+        for node, function in zip(nodes[1 : len(values) + 1], values, strict=True):
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             made = function(own, *args[1:], **kwargs)
             pairs = zip((*made.shape, *made.stride()), (*own.shape, *own.stride()), strict=True)

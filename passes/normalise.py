@@ -26,7 +26,8 @@ def normalise(program: Program) -> None:
     _fold_identities(program)
     _one_reshape(program)
     fold_idle_calls(program)
-    _one_cat(program)
+    _one_name(program)
+    _kept_dimension(program)
     _cat_of_one_is_a_copy(program)
     _one_view_of_each(program)
     spell_linears(program)
@@ -62,10 +63,31 @@ def _fold_idle_dropout(program: Program) -> None:
         program.refresh()
 
 
-def _one_cat(program: Program) -> None:
-    """concat(xs, d), concatenate(xs, d) -> cat(xs, d)."""
-    for node in program.calls(*ops.CATS):
-        node.target = torch.ops.aten.cat.default
+def _one_name(program: Program) -> None:
+    """concat(xs, d) -> cat(xs, d), expit(x) -> sigmoid(x), 0 - x -> -x."""
+    for node in program.calls(*ops.SAME_AS):
+        if not node.kwargs:
+            name, overload = ops.SAME_AS[str(node.target)].removeprefix("aten.").split(".")
+            node.target = getattr(getattr(torch.ops.aten, name), overload)
+    for node in program.calls(*ops.SUBTRACTED_FROM):
+        x, number = node.args[:2]
+        if len(node.args) == 2 and not node.kwargs and type(number) in (int, float) and number == 0:
+            node.target, node.args = torch.ops.aten.neg.default, (x,)
+
+
+def _kept_dimension(program: Program) -> None:
+    """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums."""
+    for node in program.calls(ops.UNSQUEEZE):
+        reduced, place = node.args
+        if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
+            continue
+        value, dims = reduced.args[0].meta["val"].dim(), reduced.args[1]  # type: ignore[union-attr]
+        keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
+        one = isinstance(dims, (list, tuple)) and len(dims) == 1 and not keeps
+        if one and dims[0] % value == place % value:  # type: ignore[index, operator]
+            node.target = reduced.target
+            node.args = (reduced.args[0], dims, True)
+            node.kwargs = {k: v for k, v in reduced.kwargs.items() if k != "keepdim"}
 
 
 def _cat_of_one_is_a_copy(program: Program) -> None:

@@ -2,7 +2,17 @@
 
 LINEAR = "aten.linear.default"
 CAT = "aten.cat.default"
-CATS = frozenset({"aten.concat.default", "aten.concatenate.default"})
+
+# Operators that are others by another name, with the same arguments.
+SAME_AS = {
+    "aten.concat.default": "aten.cat.default",
+    "aten.concatenate.default": "aten.cat.default",
+    "aten.multiply.Tensor": "aten.mul.Tensor",
+    "aten.special_expit.default": "aten.sigmoid.default",
+}
+SUBTRACTED_FROM = frozenset({"aten.rsub.Scalar", "aten.rsub.Tensor"})
+REDUCTIONS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
+UNSQUEEZE = "aten.unsqueeze.default"
 
 # Spellings of a linear: products with the transpose of a parameter, and the sum that adds a bias.
 ADDMM = "aten.addmm.default"
