@@ -30,8 +30,14 @@ def spell_linears(program: Program) -> None:
             _become_linear(node, *found)
             changed = True
     mode = modes(program.graph, program.grad_enabled)
-    for node in program.calls(*ops.ADDS):
-        changed |= _bias_joins(program, writes, mode, node)
+    sums = {found[0]: found for n in program.calls(*ops.ADDS) if (found := _biased(writes, mode, n))}
+    for linear, node, bias in sums.values():
+        if all(len(n.args) > 2 or n in sums for n in _readers(linear.args[0])):
+            _become_linear(node, linear.args[0], linear.args[1], bias)  # type: ignore[arg-type]
+            changed = True
+    for linear in sums:
+        if not linear.users:
+            program.graph.erase_node(linear)
     if changed:
         program.refresh()
     if _rows_meet(program):
@@ -146,10 +152,10 @@ def _become_linear(node: Node, x: Node, weight: Node, bias: Node | None) -> None
     node.meta.pop("val", None)
 
 
-def _bias_joins(program: Program, writes: StorageWrites, mode: dict[Node, Hashable], node: Node) -> bool:
-    """linear(x, w) + b -> linear(x, w, b), where nobody else reads the sum without b."""
+def _biased(writes: StorageWrites, mode: dict[Node, Hashable], node: Node) -> tuple[Node, Node, Node] | None:
+    """The linear, the sum and the bias of linear(x, w) + b, where nobody else reads the sum without b."""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
-        return False
+        return None
     for linear, bias in (node.args, node.args[::-1]):
         if not isinstance(linear, Node) or str(linear.target) != ops.LINEAR or len(linear.users) != 1:
             continue
@@ -160,13 +166,14 @@ def _bias_joins(program: Program, writes: StorageWrites, mode: dict[Node, Hashab
             continue
         if any(writes.is_written(n) for n in (node, linear, bias, weight, linear.args[0])):  # type: ignore[arg-type]
             continue
-        if mode[node] != mode[linear] or node.meta["val"].dtype != bias.meta["val"].dtype:
-            continue
-        x = linear.args[0]
-        _become_linear(node, x, weight, bias)  # type: ignore[arg-type]
-        program.graph.erase_node(linear)
-        return True
-    return False
+        if mode[node] == mode[linear] and node.meta["val"].dtype == bias.meta["val"].dtype:
+            return linear, node, bias
+    return None
+
+
+def _readers(x: Any) -> list[Node]:
+    """The linears over a value: with a bias on some of them alone they would not merge."""
+    return [user for user in x.users if str(user.target) == ops.LINEAR] if isinstance(x, Node) else []
 
 
 def _rows_meet(program: Program) -> bool:

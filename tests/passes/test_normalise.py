@@ -285,3 +285,17 @@ def test_symbolic_sizes_gain_no_guard() -> None:
     guards = len(program.fake_mode.shape_env.guards)
     pipeline.apply(program, pipeline.PASSES)
     assert len(program.fake_mode.shape_env.guards) == guards
+
+
+def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3, bias=False), nn.Linear(4, 3, bias=False)
+            self.dt_bias = nn.Parameter(torch.ones(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (self.a(x) + self.dt_bias) * self.b(x)
+
+    merged = rewrite(Gates(), [torch.randn(2, 4)], passes=["same_input_linears"])
+    assert merged.report.matched == 1 and not merged.report.misses
