@@ -24,7 +24,8 @@ from fxfuse.passes.program import Program, Weight
 from fxfuse.patterns import ops
 from fxfuse.runtime import capture, inner, leaves, live_weights
 from fxfuse.runtime.options import Options
-from fxfuse.runtime.report import GraphRecord, Report
+from fxfuse.runtime.pictures import pictures
+from fxfuse.runtime.report import GraphRecord, Report, announce
 from fxfuse.runtime.verify import verified
 
 log = logging.getLogger("fxfuse")
@@ -96,6 +97,8 @@ def _compiled(
     rewritten, outcomes = pipeline.apply(program, passes)
     record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)
     record.plan_digest = rewritten.plan().digest if rewritten.fused else ""
+    matches = [match for outcome in outcomes.values() for match in outcome.matches]
+    record.pictures = pictures(program, rewritten, matches, record.phase)
     if options.strict:
         _raise_on_miss(record)
     if session.dry_run:
@@ -113,8 +116,7 @@ def _compiled(
     )
     record.compile_seconds = time.perf_counter() - started
     session.report.graphs.append(record)  # not before: where compiling fails, nothing was rewritten
-    if options.report != "off":
-        log.info("%s", _line(record))
+    announce(record, options.report)
     if options.verify:
         return verified(call, graph_module.forward, record, options.strict, session.report)
     return call
@@ -345,10 +347,3 @@ def _raise_on_miss(record: GraphRecord) -> None:
 def _first_reason(record: GraphRecord) -> str:
     misses = [m for outcome in record.outcomes.values() for m in outcome.misses]
     return f" ({misses[0].where}: {misses[0].reason})" if misses else ""
-
-
-def _line(record: GraphRecord) -> str:
-    parts = [
-        f"{name} {len(o.matches)} of {o.candidates}" for name, o in record.outcomes.items() if o.candidates
-    ]
-    return f"{record.phase} graph in {record.compile_seconds:.1f} s: {', '.join(parts)}"

@@ -100,7 +100,7 @@ def optimize(
     if state is not None:
         deoptimize(model)
     leaves.install()
-    state = State(options, dynamic, Report(), model._compiled_call_impl)
+    state = State(options, dynamic, Report(model=ref(model)), model._compiled_call_impl)
     compiled = compiled_call(model, options, dynamic)
     session = backend.Session(state.report, model)
     model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)

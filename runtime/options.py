@@ -30,7 +30,8 @@ class Options:
         mode: a mode of torch.compile, for the inner backend inductor.
         strict: raise where the default leaves the original computation alone.
         verify: run the original graph once beside each compiled one and compare.
-        report: "auto" and "log" log one line for each compiled graph, "off" logs warnings only.
+        report: what is said of each compiled graph: "auto" prints a table on a terminal and logs one line
+            elsewhere, "log" logs one line, "off" nothing but warnings.
     """
 
     passes: str | tuple[str, ...] = "default"

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
 import platform
 import re
+import sys
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from fxfuse.errors import OptionError
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.pipeline import PASSES
+from fxfuse.runtime.measure import Measurement, measure
+from fxfuse.runtime.pictures import Picture
+
+log = logging.getLogger("fxfuse")
 
 # Runs of layer numbers that a table spells out; of more, the first two and the last.
 MOST_SPANS = 4
@@ -35,6 +44,13 @@ class GraphRecord:
     compile_seconds: float = 0.0
     calls: int = 0
     packs: int = 0
+    pictures: list[Picture] = field(default_factory=list, repr=False)
+
+    def __str__(self) -> str:
+        parts = [
+            f"{name} {len(o.matches)} of {o.candidates}" for name, o in self.outcomes.items() if o.candidates
+        ]
+        return f"{self.phase} graph in {self.compile_seconds:.1f} s: {', '.join(parts)}"
 
 
 @dataclass(frozen=True)
@@ -69,6 +85,8 @@ class Report:
         notes: what the user should know, in words.
         packed_bytes, copied_bytes: what parameters share with fused weights, and what copies take on top.
         failures: graphs that run as they were because compiling them failed.
+        measurements: what `benchmark` has found.
+        model: gives the optimised model, None where it is gone or there never was one.
     """
 
     graphs: list[GraphRecord] = field(default_factory=list)
@@ -77,6 +95,8 @@ class Report:
     copied_bytes: int = 0
     versions: dict[str, str] = field(default_factory=versions)
     failures: int = 0
+    measurements: list[Measurement] = field(default_factory=list)
+    model: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False, compare=False)
     _copies: WeakSet[Any] = field(default_factory=WeakSet, repr=False, compare=False)
 
     def count_copies(self, copies: Iterable[Any]) -> None:
@@ -124,6 +144,26 @@ class Report:
             for (rule, pattern, detail, phase), found in places.items()
         ]
 
+    def benchmark(self, inputs: Mapping[str, Any], *, rounds: int = 7) -> Measurement:
+        """Measure one call of the model as it was and optimised, in turns; kept in the report.
+
+        Args:
+            inputs: keyword arguments of the call, such as `{"input_ids": ids}`, copied for each call.
+            rounds: how many times each of the two is timed.
+
+        Raises OptionError where the model is no longer optimised, or `rounds` is less than 1, and
+        UnsupportedModelError where no compiled graph runs for these inputs.
+        """
+        model = self.model()
+        if model is None or getattr(model, "_compiled_call_impl", None) is None:
+            raise OptionError(
+                "this report has no optimised model to measure: call model.optimize(), then "
+                "model.optimization_report.benchmark(inputs)"
+            )
+        found = measure(model, inputs, lambda: self.calls, rounds)
+        self.measurements.append(found)
+        return found
+
     def note(self, text: str) -> bool:
         """Record a note; False where it was there already."""
         if text in self.notes:
@@ -136,15 +176,27 @@ class Report:
             "versions": self.versions,
             "rows": [asdict(row) for row in self.rows],
             "misses": [asdict(miss) for miss in self.misses],
-            "graphs": [{k: v for k, v in asdict(graph).items() if k != "outcomes"} for graph in self.graphs],
+            "graphs": [
+                {k: v for k, v in vars(graph).items() if k not in ("outcomes", "pictures")}
+                for graph in self.graphs
+            ],
             "packed_bytes": self.packed_bytes,
             "copied_bytes": self.copied_bytes,
             "calls": self.calls,
+            "measurements": [{**asdict(m), "ratio": m.ratio} for m in self.measurements],
             "notes": self.notes,
         }
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
+
+    def to_html(self, path: str | Path) -> Path:
+        """Write one self-contained page: the table, and each kind of block before and after, drawn."""
+        from fxfuse.runtime.html import page
+
+        path = Path(path)
+        path.write_text(page(self), encoding="utf-8")
+        return path
 
     def __str__(self) -> str:
         console = Console(width=120, no_color=True, highlight=False)
@@ -156,35 +208,48 @@ class Report:
         if not self.graphs:
             yield "fxfuse: no graph yet: capture, match and packing happen at the first call"
         else:
-            yield self._table()
+            yield self.table()
             yield self._summary()
         for reason, places in self.reasons().items():
             yield f"  left alone: {', '.join(places)}: {reason}"
+        for measured in self.measurements:
+            yield f"  measured: {measured}"
         for note in self.notes:
             yield f"  note: {note}"
 
     def reasons(self) -> dict[str, list[str]]:
-        """Where each reason for a miss holds, layers grouped."""
+        """Where each reason for a miss holds, layers grouped; "its weight" stands for a miss's own one."""
         found: dict[tuple[str, str], set[str]] = defaultdict(set)
         for miss in self.misses:
-            found[miss.reason, _pattern(miss.where)].add(miss.where)
+            reason = miss.reason.replace(f"{miss.where}.weight", "its weight") if miss.where else miss.reason
+            found[reason, _pattern(miss.where)].add(miss.where)
         places: dict[str, list[str]] = defaultdict(list)
         for (reason, pattern), where in found.items():
             places[reason].append(_grouped(pattern, where))
         return dict(places)
 
-    def _table(self) -> Table:
-        phases = list(dict.fromkeys(row.phase for row in self.rows))
-        lines: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+    def lines(self) -> list[tuple[tuple[str, str, str], dict[str, str], bool]]:
+        """The table: rule, place and detail; "matched of candidates" by phase; whether anything matched."""
+        counts: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
+        matched: dict[tuple[str, str, str], int] = defaultdict(int)
         for row in self.rows:
-            lines[row.rule, row.where, row.detail][row.phase] = f"{row.matched} of {row.candidates}"
+            key = row.rule, row.where, row.detail
+            counts[key][row.phase] = f"{row.matched} of {row.candidates}"
+            matched[key] += row.matched
+        return [
+            (key, counts[key], matched[key] > 0) for key in sorted(counts, key=lambda key: _order(key[0]))
+        ]
+
+    def table(self) -> Table:
+        """The lines as a table of rich."""
+        phases = list(dict.fromkeys(row.phase for row in self.rows))
         table = Table(title="fxfuse", title_justify="left")
         for heading in ("rule", "where", "what"):
             table.add_column(heading, overflow="fold")
         for phase in phases:
             table.add_column(phase, justify="right", no_wrap=True)
-        for (rule, where, detail), counts in sorted(lines.items(), key=lambda line: _order(line[0][0])):
-            table.add_row(rule, where, detail, *(counts.get(phase, "") for phase in phases))
+        for cells, counts, _ in self.lines():
+            table.add_row(*cells, *(counts.get(phase, "") for phase in phases))
         return table
 
     def _summary(self) -> str:
@@ -199,6 +264,15 @@ class Report:
             f"{self.copied_bytes / 1e6:.1f} MB copied; calls of compiled graphs: {self.calls}\n"
             f"versions: {used}"
         )
+
+
+def announce(record: GraphRecord, show: str) -> None:
+    """Say that a graph was compiled: a table where somebody watches a terminal, one log line elsewhere."""
+    if show == "auto" and sys.stderr.isatty():
+        console = Console(stderr=True)
+        console.print(Report([record]).table(), str(record), sep="\n")
+    elif show != "off":
+        log.info("%s", record)
 
 
 def _order(rule: str) -> int:
@@ -228,4 +302,4 @@ def _grouped(pattern: str, places: Iterable[str]) -> str:
     return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
 
 
-__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row"]
+__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row", "announce"]

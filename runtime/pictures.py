@@ -1,0 +1,221 @@
+"""What a rewrite did to each kind of block, kept as data: the boxes to draw of its graph before and after."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Graph, Node
+
+from fxfuse.passes.outcome import Match
+from fxfuse.passes.program import Program, module_path
+
+# Move elements, or hand back what they are given: drawn as a line, unless a pass has put them there.
+_QUIET = frozenset(
+    {
+        "alias",
+        "arange",
+        "chunk",
+        "clone",
+        "contiguous",
+        "detach",
+        "dropout",
+        "empty",
+        "expand",
+        "flatten",
+        "full",
+        "getitem",
+        "lift_fresh_copy",
+        "lift_fresh",
+        "narrow",
+        "new_ones",
+        "new_zeros",
+        "ones",
+        "permute",
+        "reshape",
+        "scalar_tensor",
+        "select",
+        "slice",
+        "split",
+        "split_with_sizes",
+        "squeeze",
+        "t",
+        "to",
+        "transpose",
+        "type_as",
+        "unbind",
+        "unflatten",
+        "unsafe_chunk",
+        "unsqueeze",
+        "view",
+        "_unsafe_view",
+        "zeros",
+        "zeros_like",
+        "sym_size",
+        "sym_constrain_range_for_size",
+        "_assert_scalar",
+        "_assert_tensor_metadata",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Box:
+    """One operation: its name in the graph, the operator, what it computes with, and what it reads.
+
+    `changed` says that only one of the two graphs has it; `outside` that it is not part of the block.
+    """
+
+    name: str
+    operator: str
+    detail: str
+    inputs: tuple[str, ...]
+    changed: bool = False
+    outside: bool = False
+
+
+@dataclass(frozen=True)
+class Picture:
+    """The same kind of block in one kind of graph, before and after."""
+
+    block: str
+    phase: str
+    before: tuple[Box, ...]
+    after: tuple[Box, ...]
+
+
+def pictures(before: Program, after: Program, matches: Iterable[Match], phase: str) -> list[Picture]:
+    """One picture for each kind of block that a match lies in: of the first block of that kind.
+
+    A block is a module of a numbered layer (`model.layers.0.mlp`), elsewhere the matched module itself.
+    """
+    units: dict[str, str] = {}
+    for match in matches:
+        unit = _unit(match.where)
+        units.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", unit), unit)
+    if not units:
+        return []
+    names = [{node.name for node in program.graph.nodes} for program in (before, after)]
+    paths = [_paths(program.graph) for program in (before, after)]
+    found = []
+    for kind, unit in units.items():
+        sides = [
+            _boxes(program, path, unit, names[not i])
+            for i, (program, path) in enumerate(zip((before, after), paths, strict=True))
+        ]
+        if any(box.changed for side in sides for box in side):
+            found.append(Picture(kind, phase, *sides))
+    return found
+
+
+def _unit(where: str) -> str:
+    inside = re.match(r"(.*?\.\d+\.[^.]+)", where)
+    return inside[1] if inside else where
+
+
+def _paths(graph: Graph) -> dict[Node, str]:
+    """The module that each node was traced in; what a pass has put there without one is the next node's."""
+    found: dict[Node, str] = {}
+    last = ""
+    for node in reversed(graph.nodes):
+        last = module_path(node) or last
+        found[node] = last
+    return found
+
+
+def _boxes(program: Program, paths: Mapping[Node, str], unit: str, others: set[str]) -> tuple[Box, ...]:
+    def belongs(path: str) -> bool:
+        return f"{path}.".startswith(f"{unit}.") or f".{path}.".find(f".{unit}.") >= 0
+
+    def weights_of(node: Node) -> list[str]:
+        return [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
+
+    inside = {
+        node
+        for node in program.graph.nodes
+        if node.op == "call_function"
+        and (belongs(paths[node]) or any(belongs(name) for name in weights_of(node)))
+    }
+    drawn = {node for node in inside if _is_drawn(node, others)}
+    boxes = {n: _box(program, n, drawn, n.name not in others) for n in program.graph.nodes if n in drawn}
+    outside: dict[str, Box] = {}
+    for node in drawn:
+        for source in _sources(node, drawn):
+            if source not in drawn and not _is_weight(program, source) and _is_tensor(source):
+                outside.setdefault(source.name, Box(source.name, _short(source), "", (), outside=True))
+    leaving = [
+        Box(f"to_{user.name}", _short(user), "", (node.name,), outside=True)
+        for node in boxes
+        for user in _readers(node)
+        if user not in inside and user.op in ("call_function", "output")
+    ]
+    known = {*outside, *(box.name for box in boxes.values())}
+    own = [replace(box, inputs=tuple(i for i in box.inputs if i in known)) for box in boxes.values()]
+    return (*outside.values(), *own, *{(box.operator, box.inputs): box for box in leaving}.values())
+
+
+def _is_drawn(node: Node, others: set[str]) -> bool:
+    if _short(node) not in _QUIET:
+        return isinstance(node.meta.get("val"), (torch.Tensor, list, tuple))
+    # of a layout that a pass computes in another way both sides are shown
+    return node.name not in others and _short(node) in ("cat", "gather_features")
+
+
+def _is_tensor(node: Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() > 0
+
+
+def _is_weight(program: Program, node: Node) -> bool:
+    return node.name in program.weights or program.fused_as(node) is not None
+
+
+def _box(program: Program, node: Node, drawn: set[Node], changed: bool) -> Box:
+    named = [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
+    value = node.meta.get("val")
+    shape = f"[{', '.join(map(str, value.shape))}]" if isinstance(value, torch.Tensor) else ""
+    weight = ".".join(named[0].split(".")[-1:]) if named else ""
+    inputs = tuple(dict.fromkeys(source.name for source in _sources(node, drawn)))
+    return Box(node.name, _short(node), " ".join(filter(None, (weight, shape))), inputs, changed)
+
+
+def _sources(node: Node, drawn: set[Node]) -> list[Node]:
+    """The drawn nodes, or those outside, that a node reads through what is not drawn."""
+    found: dict[Node, None] = {}
+    waiting = list(reversed(node.all_input_nodes))
+    seen = set(waiting)
+    while waiting:
+        source = waiting.pop()
+        if source not in drawn and source.op == "call_function" and _short(source) in _QUIET:
+            fresh = [n for n in source.all_input_nodes if n not in seen]
+            seen.update(fresh)
+            waiting += reversed(fresh)
+        else:
+            found.setdefault(source)
+    return list(found)
+
+
+def _readers(node: Node) -> list[Node]:
+    """Who reads a node, through what is not drawn."""
+    found: dict[Node, None] = {}
+    waiting, seen = list(node.users), set(node.users)
+    while waiting:
+        user = waiting.pop()
+        if user.op == "call_function" and _short(user) in _QUIET and user.users:
+            fresh = [n for n in user.users if n not in seen]
+            seen.update(fresh)
+            waiting += fresh
+        else:
+            found.setdefault(user)
+    return list(found)
+
+
+def _short(node: Node) -> str:
+    """`aten.linear.default` to `linear`; a placeholder's own name."""
+    if node.op != "call_function":
+        return "result" if node.op == "output" else "input"
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.split("::")[1]
+    return getattr(target, "__name__", str(target))

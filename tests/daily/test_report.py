@@ -1,0 +1,251 @@
+"""The report: a table on a terminal, one log line elsewhere, a page with drawings, speed if measured."""
+
+import copy
+import io
+import json
+import logging
+import re
+import sys
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxfuse
+from fxfuse.errors import OptionError, UnsupportedModelError
+from fxfuse.runtime import inner, measure
+from fxfuse.runtime.optimize import optimization_report
+from fxfuse.runtime.pictures import Box
+from fxfuse.runtime.svg import HEIGHT, WIDTH, draw
+
+Make = Callable[..., Any]
+
+
+class Gated(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(8, 16, bias=False), nn.Linear(8, 16, bias=False)
+        self.down = nn.Linear(16, 8, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.silu(self.gate(x)) * self.up(x))
+
+
+def called(model: nn.Module, **options: Any) -> fxfuse.Report:
+    fxfuse.optimize(model, **{"inner": "eager", **options})
+    with torch.no_grad():
+        model(torch.randn(2, 5, 8))
+    report = optimization_report(model)
+    assert report is not None and report.calls == 1
+    return report
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_table_and_a_log_one_line(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO, "fxfuse"):
+        screen = Terminal()
+        monkeypatch.setattr(sys, "stderr", screen)
+        called(Gated())
+        assert "same_input_linears" in screen.getvalue() and "2 linears → 1" in screen.getvalue()
+        assert not caplog.records
+        called(Gated(), report="log")
+        lines = [r.getMessage() for r in caplog.records]
+        assert len(lines) == 1 and "same_input_linears 1 of 1" in lines[0] and "\n" not in lines[0]
+        called(Gated(), report="off")
+        assert len(caplog.records) == 1
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        called(Gated())
+        assert len(caplog.records) == 2
+
+
+def test_layers_are_grouped_and_equal_reasons_are_said_once(make_model: Make) -> None:
+    model = make_model(layers=("full_attention",) * 3)
+    for layer in model.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda *args: None)
+    report = fxfuse.explain(model, inner="eager")
+    places = {row.where for row in report.rows}
+    assert {"model.layers.{0..2}.self_attn.q_k_v_proj", "model.layers.{0..2}.mlp.up_proj"} <= places
+    assert report.reasons()["its module has a forward hook"] == ["model.layers.{0..2}.mlp.up_proj"]
+
+
+def test_a_reason_that_names_its_own_weight_is_said_once_for_all_places() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = Gated(), Gated()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.first(x) + self.second(x)
+
+    model = fxfuse.optimize(Two(), inner="eager")
+    model(torch.randn(3, 8))
+    report = optimization_report(model)
+    assert report is not None
+    (reason, places), *others = report.reasons().items()
+    assert reason.startswith("grad mode is on and its weight is trainable") and len(places) == 4
+    assert not others
+
+
+# The page.
+
+
+class Page(HTMLParser):
+    """Tags, text, and a check that every element is closed."""
+
+    EMPTY = ("meta", "rect", "path")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text, self._open = "", []  # type: ignore[var-annotated]
+        self.feed(text)
+        self.close()
+        assert not self._open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.EMPTY:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in self.EMPTY:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def of(self, tag: str, kind: str | None = None) -> list[dict[str, str | None]]:
+        return [a for t, a in self.tags if t == tag and kind in (None, a.get("class"))]
+
+
+@pytest.fixture(scope="module")
+def page(make_model: Make, tmp_path_factory: pytest.TempPathFactory) -> tuple[fxfuse.Report, Page]:
+    report = fxfuse.explain(make_model(), inner="eager")
+    path = report.to_html(tmp_path_factory.mktemp("page") / "report.html")
+    return report, Page(path.read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_from_elsewhere(page: tuple[fxfuse.Report, Page]) -> None:
+    for tag, attributes in page[1].tags:
+        assert tag not in ("script", "link", "img", "iframe", "object")
+        assert not attributes.keys() & {"src", "href", "xlink:href"}
+
+
+def test_the_page_has_the_table_and_both_sides_of_each_kind_of_block(
+    page: tuple[fxfuse.Report, Page],
+) -> None:
+    report, parsed = page
+    for row in report.rows:
+        assert row.where in parsed.text and f"{row.matched} of {row.candidates}" in parsed.text
+    blocks = {"model.layers.*.linear_attn", "model.layers.*.self_attn", "model.layers.*.mlp"}
+    drawn = {(p.block, p.phase) for graph in report.graphs for p in graph.pictures}
+    assert drawn == {(block, phase) for block in blocks for phase in ("prefill", "decode")}
+    labels = [a["aria-label"] for a in parsed.of("svg")]
+    assert sorted(labels) == sorted(f"{b}, {p}, {s}" for b, p in drawn for s in ("before", "after"))
+
+
+def test_what_a_rewrite_replaced_is_marked_on_both_sides(page: tuple[fxfuse.Report, Page]) -> None:
+    pictures = {p.block: p for p in page[0].graphs[0].pictures}
+    for block, members in (("linear_attn", 4), ("self_attn", 3), ("mlp", 2)):
+        picture = pictures[f"model.layers.*.{block}"]
+        gone, new = ([b for b in side if b.changed] for side in (picture.before, picture.after))
+        assert [b.operator for b in gone] == ["linear"] * members
+        assert [b.operator for b in new] == ["linear"]
+        kept = [b.operator for b in picture.after if not b.changed and not b.outside]
+        assert "linear" in kept  # the projection at the end of the block
+    assert len(page[1].of("g", "changed")) >= 2 * (4 + 1 + 3 + 1 + 2 + 1)
+
+
+def test_names_from_the_model_cannot_break_the_page(tmp_path: Path) -> None:
+    report = fxfuse.explain(Gated(), inputs={"x": torch.randn(2, 8)}, inner="eager")
+    report.note("<script>alert('&')</script>")
+    text = report.to_html(tmp_path / "x.html").read_text(encoding="utf-8")
+    assert "<script>" not in text and "&lt;script&gt;" in text
+    Page(text)
+
+
+def test_boxes_of_one_row_do_not_overlap_and_lines_go_down() -> None:
+    boxes = [
+        Box(f"n{i}", "mul", "", tuple(f"n{j}" for j in (i // 2 - 1, i // 3 - 1) if 0 <= j < i))
+        for i in range(40)
+    ]
+    svg = draw(boxes, "some & graph")
+    Page(svg)
+    found = [(float(x), float(y)) for x, y in re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)"', svg)]
+    assert len(found) == 40
+    for i, (x, y) in enumerate(found):
+        for other_x, other_y in found[:i]:
+            assert abs(x - other_x) >= WIDTH or abs(y - other_y) >= HEIGHT
+    top = {box.name: y for box, (_, y) in zip(boxes, found, strict=True)}
+    assert all(top[source] + HEIGHT < top[box.name] for box in boxes for source in box.inputs)
+    wide, high = (float(v) for v in re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0])
+    assert all(0 <= x <= wide - WIDTH and 0 <= y <= high - HEIGHT for x, y in found)
+
+
+# Speed.
+
+
+def test_no_speed_is_claimed_that_was_not_measured(make_model: Make, prompt: Tensor, tmp_path: Path) -> None:
+    model = make_model(layers=("full_attention",)).optimize(inner="eager")
+    with torch.no_grad():
+        model(prompt)
+    report = model.optimization_report
+    for text in (str(report), report.to_html(tmp_path / "a.html").read_text()):
+        assert "faster" not in text and "times as fast" not in text
+    calls = report.calls
+    measured = report.benchmark({"input_ids": prompt}, rounds=3)
+    assert measured.rounds == 3 and measured.before_ms > 0 and measured.after_ms > 0
+    assert report.calls == calls + 4 and report.measurements == [measured]
+    assert str(measured) in re.sub(r"\s+", " ", str(report))
+    assert str(measured) in report.to_html(tmp_path / "b.html").read_text()
+    assert json.loads(report.to_json())["measurements"][0]["ratio"] == pytest.approx(measured.ratio)
+
+
+def test_a_slower_call_is_called_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "slower" in str(measure.Measurement(1.0, 2.0, 3)) and "fast" not in str(
+        measure.Measurement(1.0, 2.0, 3)
+    )
+    assert "2.00 times as fast" in str(measure.Measurement(2.0, 1.0, 3))
+
+
+def test_a_cache_does_not_grow_from_one_measured_call_to_the_next(make_model: Make, prompt: Tensor) -> None:
+    model = make_model(layers=("full_attention",)).optimize(inner="eager")
+    with torch.no_grad():
+        cache = model(prompt, use_cache=True).past_key_values
+    model.optimization_report.benchmark({"input_ids": prompt[:, :1], "past_key_values": cache}, rounds=2)
+    assert cache.get_seq_length() == prompt.shape[1]
+
+
+def test_what_cannot_be_measured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Gated()
+    report = called(model)
+    with pytest.raises(OptionError, match="rounds=0"):
+        report.benchmark({"x": torch.randn(1, 8)}, rounds=0)
+    fxfuse.deoptimize(model)
+    with pytest.raises(OptionError, match=r"model\.optimize\(\)"):
+        report.benchmark({"x": torch.randn(1, 8)})
+    with pytest.raises(OptionError, match=r"model\.optimize\(\)"):
+        fxfuse.explain(Gated(), inputs={"x": torch.randn(1, 8)}).benchmark({})
+    broken = fxfuse.optimize(Gated(), inner="eager")
+    found = optimization_report(broken)
+    assert found is not None
+    monkeypatch.setattr(inner, "compile_graph", lambda *args: 1 / 0)
+    with pytest.raises(UnsupportedModelError, match="no compiled graph of Gated ran"):
+        found.benchmark({"x": torch.randn(1, 8)})
+
+
+def test_a_report_can_be_copied_and_written_as_json(make_model: Make) -> None:
+    report = fxfuse.explain(make_model(layers=("full_attention",)), inner="eager")
+    found = json.loads(report.to_json())
+    assert found["graphs"][0].keys() >= {"phase", "nodes_before", "nodes_after", "calls"}
+    assert copy.copy(report).rows == report.rows
