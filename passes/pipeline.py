@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from fxfuse.errors import OptionError
 from fxfuse.passes import (
     add_rms_norm,
+    causal_conv1d,
     gated_rms_norm,
     gdn_decode,
+    gdn_gates,
+    grouped_query_attention,
     layout_chains,
     one_row_linears,
     qk_norm_rope_gate,
@@ -42,6 +45,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
     Pass("gdn_decode", gdn_decode.run, target="cuda"),
     Pass("qk_norm_rope_gate", qk_norm_rope_gate.run, target="cuda"),
+    Pass("grouped_query_attention", grouped_query_attention.run, target="cuda"),
+    Pass("causal_conv1d", causal_conv1d.run, target="cuda"),
+    Pass("gdn_gates", gdn_gates.run, target="cuda"),
     Pass("gated_rms_norm", gated_rms_norm.RULE.run, target="cuda"),
     Pass("rms_norm", rms_norm.run, target="cuda"),
     Pass("add_rms_norm", add_rms_norm.run, target="cuda"),

@@ -38,3 +38,6 @@ CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
 REPEATS = BROADCASTS | frozenset(
     {"aten.clone.default", "aten.contiguous.default", "aten.repeat_interleave.self_int"}
 )
+
+# What may follow a convolution and belong to it.
+AFTER_CONVOLUTION = CASTS | frozenset({"aten.narrow.default", "aten.silu.default", "aten.slice.Tensor"})

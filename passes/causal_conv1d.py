@@ -1,0 +1,88 @@
+"""A causal depthwise convolution with its cut and SiLU becomes one call.
+
+Before: y = silu(conv1d(x, w[:, None], bias, padding=K - 1, groups=C)[:, :, :T])
+After:  y = causal_conv1d(x, w, bias, None, None, apply_silu=True)
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.passes.judge import Judge
+from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.storage_writes import layout_matters, storage_of
+from fxfuse.patterns import readings
+
+RULE = "causal_conv1d"
+
+
+def _is_depthwise(conv: Node) -> bool:
+    x, weight, groups = conv.args[0], conv.args[1], conv.args[6] if len(conv.args) > 6 else 1
+    if not isinstance(x, Node) or not isinstance(weight, Node) or x.meta["val"].dim() != 3:
+        return False
+    shape = weight.meta["val"].shape
+    return groups == shape[0] and shape[1] == 1 and statically_known_true(x.meta["val"].shape[1] == groups)
+
+
+def _ends(conv: Node) -> Iterator[Node]:
+    """The last nodes that the operator may compute, the farthest first."""
+    chain = [conv]
+    while len(chain[-1].users) == 1:
+        (user,) = chain[-1].users
+        if str(user.target) not in readings.AFTER_CONVOLUTION:
+            break
+        chain.append(user)
+    yield from reversed(chain)
+
+
+def _operator_on(conv: Node, silu: bool) -> Any:
+    x, weight, bias = (*conv.args, None)[:3]
+
+    def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
+        given = None if bias is None else values[bias]  # type: ignore[index]
+        taps = values[weight].squeeze(1)  # type: ignore[index]
+        return [torch.ops.fxfuse.causal_conv1d(values[x], taps, given, None, None, silu)]  # type: ignore[index]
+
+    return run
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite every causal convolution; one that is depthwise and not causal is reported."""
+    outcome, guards, judge = Outcome(), Guards(program), Judge()
+    fixed = layout_matters(program.graph)
+    found: list[tuple[Node, Node, bool, list[Node]]] = []
+    for conv in program.calls(readings.CONV1D):
+        if not _is_depthwise(conv):
+            continue
+        inputs = {n for n in conv.args[:3] if isinstance(n, Node)}
+        miss: tuple[Node, str] = conv, "run on random values it is no causal convolution"
+        for end, silu in ((end, silu) for end in _ends(conv) for silu in (True, False)):
+            region = behind([end], inputs)
+            if not judge.equal(region, [end], _operator_on(conv, silu), f"{RULE} {silu}"):
+                continue
+            dtype = end.meta["val"].dtype
+            reason = guards.reason(region, [end], {dtype, torch.float32})
+            if storage_of(end) in fixed:
+                reason = end, f"{end.name} leaves the graph, or its strides are read"
+            if reason is None:
+                found.append((conv, end, silu, region))
+                break
+            miss = reason
+        else:
+            outcome.misses.append(Miss(RULE, module_path(conv), miss[0].name, miss[1]))
+    for conv, end, silu, region in found:
+        x, weight, bias = (*conv.args, None)[:3]
+        with program.graph.inserting_before(end):
+            taps = call(program, conv, torch.ops.aten.squeeze.dim, weight, 1)
+            target: Any = torch.ops.fxfuse.causal_conv1d.default
+            new = call(program, conv, target, x, taps, bias, None, None, silu)
+        end.replace_all_uses_with(new)
+        erase(program, region)
+        outcome.matches.append(Match(RULE, module_path(conv), (), f"{len(region)} calls → 1"))
+    return outcome

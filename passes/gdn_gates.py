@@ -1,0 +1,73 @@
+"""The two gates that a gated delta rule reads become one call.
+
+Before: g = -exp(A_log) * softplus(a + dt_bias); β = sigmoid(b); delta_rule(q, k, v, g, β, …)
+After:  g, β = gdn_gates(a, b, A_log, dt_bias)
+"""
+
+import operator
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.passes.judge import Judge
+from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.storage_writes import equal_sizes
+from fxfuse.patterns import idioms, readings
+from fxfuse.patterns.matcher import Bound, matches
+
+RULE = "gdn_gates"
+ARGUMENTS = ("a", "b", "A_log", "dt_bias")
+
+
+def _gates(decay: Node, rate: Node) -> Bound | None:
+    for first in matches(idioms.LOG_DECAY, decay):
+        for second in matches(idioms.RATE, rate):
+            if equal_sizes(first["a"].meta["val"].shape, second["b"].meta["val"].shape):
+                return {**first, **second}
+    return None
+
+
+def _operator_on(bound: Bound) -> Any:
+    def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
+        return torch.ops.fxfuse.gdn_gates(*(values[bound[name]] for name in ARGUMENTS))  # type: ignore[no-any-return]
+
+    return run
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite the gates of every delta rule; report those that stay, with the node and the reason."""
+    outcome, guards, judge = Outcome(), Guards(program), Judge()
+    found: list[tuple[Node, Bound, list[Node]]] = []
+    for rule in program.calls(readings.CHUNKED_DELTA_RULE):
+        decay, rate = rule.args[3:5]
+        if not isinstance(decay, Node) or not isinstance(rate, Node):
+            continue
+        bound = _gates(decay, rate)
+        if bound is None:
+            continue
+        region = behind([decay, rate], set(bound.values()))
+        dtype = bound["b"].meta["val"].dtype
+        reason = guards.reason(region, [decay, rate], {dtype, torch.float32})
+        shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)
+        if reason is None and shared is not None:
+            reason = shared, f"a gate is used by {shared.name}, too"
+        if reason is None and not judge.equal(region, [decay, rate], _operator_on(bound), RULE):
+            reason = decay, "run on random values they are no gates of the delta rule"
+        if reason is not None:
+            outcome.misses.append(Miss(RULE, module_path(rule), reason[0].name, reason[1]))
+            continue
+        found.append((rule, bound, region))
+    for rule, bound, region in found:
+        with program.graph.inserting_before(rule):
+            target: Any = torch.ops.fxfuse.gdn_gates.default
+            gates = call(program, rule, target, *(bound[name] for name in ARGUMENTS))
+            decay, rate = (call(program, rule, operator.getitem, gates, i) for i in range(2))
+        rule.args = (*rule.args[:3], decay, rate, *rule.args[5:])
+        erase(program, region)
+        outcome.matches.append(Match(RULE, module_path(rule), (), f"{len(region)} calls → 1"))
+    return outcome
