@@ -237,7 +237,7 @@ def test_ties_frozen_weights_and_what_has_memory_stay_so(make_model: Make, tmp_p
 def test_memory_is_that_of_the_weights_and_one_piece(tmp_path: Path) -> None:
     """A fused checkpoint of 0.4 GB; from_pretrained and packing would hold one group more, or all twice."""
     program = """
-import json, resource, sys, torch, fxfuse
+import sys, torch, fxfuse
 from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from fxfuse.runtime import streaming
 from fxfuse.runtime.convert import convert
@@ -253,10 +253,13 @@ if sys.argv[2] == "write":
     zeros = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in fused.items()}
     save_file(zeros, sys.argv[1] + "/model.safetensors")
     sys.exit()
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-before = peak()
+def status(field):
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+open("/proc/self/clear_refs", "w").write("5")  # the peak includes the parent's until it is forgotten
+before = status("VmRSS")
 fxfuse.load_state_dict(model, sys.argv[1])
-print(peak() - before, sum(p.nbytes for p in model.parameters()))
+print(status("VmHWM") - before, sum(p.nbytes for p in model.parameters()))
 """
     for step in ("write", "load"):
         done = subprocess.run(
@@ -264,7 +267,7 @@ print(peak() - before, sum(p.nbytes for p in model.parameters()))
         )
     grown, size = map(int, done.stdout.split())
     assert size > 4e8
-    assert grown < size + 100 * 2**20
+    assert 0.9 * size < grown < size + 100 * 2**20
 
 
 # --- wrapped models
