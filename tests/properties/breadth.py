@@ -224,7 +224,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "# Breadth: every causal language model of transformers",
         "",
         'Each class of `AutoModelForCausalLM` as a tiny random model through `optimize(inner="eager")`,',
-        "held to the reference oracle on a batch of two prompts. Written by `python tests/properties/breadth.py`.",
+        "held to the reference oracle on two prompts. Written by `python tests/properties/breadth.py`.",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}, fxfuse {fxfuse.__version__}: "
         f"{len(rows)} model types in {seconds / 60:.0f} minutes. "

@@ -35,6 +35,7 @@ class Block:
         draw: sizes of one example.
         write: takes a speller, the sizes and the hidden states [B, T, hidden]; returns the outputs.
         exact: whether a correct rewrite gives the same bits on small integers.
+        matches: how often the rule should match.
     """
 
     name: str
@@ -42,12 +43,15 @@ class Block:
     draw: Callable[[random.Random], Sizes]
     write: Callable[[Speller, Sizes, Node], Sequence[Node]]
     exact: bool = True
+    matches: int = 1
 
     def hidden_states(self, sizes: Sizes, seed: int = 0) -> Tensor:
         shape = (sizes["batch"], sizes["length"], sizes["hidden"])
         if self.exact:
             return integer_tensor(shape, seed)
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        # Small values in every other example: there the epsilon of a norm counts.
+        scale = 1e-3 if seed % 2 else 1.0
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale
 
     def module(self, sizes: Sizes, speller: Speller) -> tuple[GraphModule, tuple[Tensor, ...]]:
         """The block as a graph module, and inputs for it."""
@@ -220,7 +224,7 @@ BLOCKS: dict[str, Block] = {
         Block("plain_rms_norm", "rms_norm", _base, _write_plain_rms_norm, exact=False),
         Block("gated_rms_norm", "gated_rms_norm", _base, _write_gated_rms_norm, exact=False),
         Block("l2norm", "l2norm", _base, _write_l2norm, exact=False),
-        Block("swiglu", "silu_mul", _base, _write_swiglu, exact=False),
+        Block("swiglu", "swiglu", _base, _write_swiglu, exact=False),
         Block("gates", "gdn_gates", _base, _write_gates, exact=False),
         Block("attention", "repeat_kv", _draw_attention, _write_attention, exact=False),
         Block("rotary", "partial_rotary", _draw_attention, _write_rotary, exact=False),

@@ -37,6 +37,9 @@ class Speller:
         plain: use the first spelling of each operation, and wrap nothing.
         dynamic: write leading sizes as `x.size(0)`, never as numbers.
         seed: decides the values of parameters, together with their names.
+
+    Attributes:
+        prefix: of the names of parameters; under the same prefix blocks share their weights.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class Speller:
         self.dynamic = dynamic
         self.plain = plain
         self.seed = seed
+        self.prefix = ""
         self._only = dict(only or {})
         self._extra = 0.0 if plain else extra
         self._values: dict[Node, Any] = {}
@@ -74,6 +78,7 @@ class Speller:
 
     def parameter(self, name: str, value: Tensor) -> Node:
         """A parameter of the module; the same name gives the same parameter."""
+        name = self.prefix + name
         path, _, leaf = name.rpartition(".")
         if path and not hasattr(self.root, path):
             self.root.add_module(path, nn.Module())
@@ -177,8 +182,8 @@ class Speller:
     def linear(self, x: Node, outputs: int, *, bias: bool = False, name: str | None = None) -> Node:
         """x·Wᵀ + b over the last dimension, with parameters `name.weight` and `name.bias`."""
         x = self.same(x)
-        name = name or f"linear{sum(1 for n, _ in self.root.named_children() if n.startswith('linear'))}"
-        self.linear_module(name, self.shape(x)[-1], outputs, bias, self.value(x).dtype)
+        name = name or f"linear{sum(1 for n, _ in self.root.named_children() if 'linear' in n)}"
+        self.linear_module(self.prefix + name, self.shape(x)[-1], outputs, bias, self.value(x).dtype)
         return self.same(self.spell("linear", x, name))
 
     def reshape(self, x: Node, *shape: Any) -> Node:

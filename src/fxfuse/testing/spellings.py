@@ -267,7 +267,9 @@ def _weight(s: "Speller", name: str) -> Node:
 
 
 def _bias(s: "Speller", name: str) -> Node | None:
-    return None if getattr(s.root, name).bias is None else s.parameter(f"{name}.bias", torch.empty(0))
+    return (
+        None if getattr(s.root, s.prefix + name).bias is None else s.parameter(f"{name}.bias", torch.empty(0))
+    )
 
 
 def _turned(s: "Speller", name: str) -> Node:
@@ -282,7 +284,7 @@ def _plus_bias(s: "Speller", y: Node, name: str) -> Node:
 def _by_addmm(s: "Speller", x: Node, name: str) -> Node:
     bias, shape = _bias(s, name), s.shape(x)
     _require(bias is not None)
-    outputs = getattr(s.root, name).out_features
+    outputs = getattr(s.root, s.prefix + name).out_features
     rows = x if len(shape) == 2 else s.spell("reshape", x, [-1, shape[-1]] if s.dynamic else _rows(shape))
     y = s.call(torch.addmm, bias, rows, _turned(s, name))
     return y if len(shape) == 2 else s.spell("reshape", y, [*s.sizes(x, len(shape) - 1), outputs])
@@ -307,7 +309,7 @@ def _by_einsum(s: "Speller", x: Node, name: str) -> Node:
 
 
 LINEAR: dict[str, Spelling] = {
-    "nn.Linear": lambda s, x, name: s.call_module(name, None, x),
+    "nn.Linear": lambda s, x, name: s.call_module(s.prefix + name, None, x),
     "F.linear": lambda s, x, name: s.call(F.linear, x, _weight(s, name), _bias(s, name)),
     "F.linear(input=, weight=, bias=)": lambda s, x, name: s.call(
         F.linear, input=x, weight=_weight(s, name), bias=_bias(s, name)
