@@ -77,7 +77,7 @@ def _import_everything(folder: Path) -> None:
 
 
 def _reset_peak() -> int:
-    """Forget the peak so far, which includes the parent's at the time of the fork; returns what is resident."""
+    """Forget the peak so far, which includes the parent's before the fork; returns what is resident."""
     Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")
 

@@ -70,8 +70,10 @@ def convert(
     """Write the checkpoint in `src_dir` to `dst_dir` in another layout, every tensor in its own dtype.
 
     Memory does not grow with the model or with a tensor. Config, tokenizer and other files beside the
-    weights are carried along, and the plan is kept in `fxfuse_plan.json`: with it the directory can be
-    converted again, also back to "hf". The destination appears when everything is on the disk, or not at all.
+    weights are carried along byte for byte, and the plan is kept in `fxfuse_plan.json`: with it the directory
+    can be converted again, also back to "hf". Files are rewritten, not models: config.json still names the
+    model that the weights are of, also where a layout ("qwen3_next", "qwen3_5") is that of another family.
+    The destination appears when everything is on the disk, or not at all.
 
     Args:
         layout: one of `fxfuse.plan`'s names.
