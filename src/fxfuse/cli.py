@@ -8,13 +8,14 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
-from fxfuse.errors import FxfuseError, OptionError
+from fxfuse.errors import FxfuseError, OptionError, UnsupportedModelError
 
 
 class _Commands(TyperGroup):
@@ -41,6 +42,7 @@ class Size(StrEnum):
 Checkpoint = Annotated[
     Path, typer.Argument(help="Folder with config.json and *.safetensors.", show_default=False)
 ]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of text, for machines.")]
 
 app = typer.Typer(
     cls=_Commands,
@@ -51,7 +53,8 @@ app = typer.Typer(
     help="Rewrite the graphs of Hugging Face Qwen3.5-family models, and their weights to match. "
     "Begin with [bold]fxfuse demo[/bold], which needs no checkpoint.",
     rich_markup_mode="rich",
-    epilog="Exit codes: 0 as expected, 1 a result differs, 2 fxfuse cannot do what was asked.",
+    epilog="Exit codes: 0 as expected, 1 a result differs, 2 fxfuse cannot do what was asked. "
+    "Progress and errors go to stderr, results to stdout; --debug shows the traceback of an error.",
 )
 
 
@@ -76,8 +79,10 @@ def main(
     """Options that stand before the verb."""
 
 
-@app.command()
-def inspect(checkpoint: Checkpoint) -> None:
+@app.command(
+    epilog="Example: fxfuse inspect ./Qwen3.5-0.8B. What a model run would match says fxfuse explain."
+)
+def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
     """List what a checkpoint holds and which of its tensors fxfuse merges. Reads headers, no weights."""
     from fxfuse.runtime.headers import read_headers
     from fxfuse.runtime.plan import plan
@@ -88,28 +93,69 @@ def inspect(checkpoint: Checkpoint) -> None:
         # model.language_model.layers.0... belongs to model.language_model, mtp.fc.weight to mtp
         part = ".".join(name.split(".")[:2]) if name.startswith("model.") else name.split(".")[0]
         parts.setdefault((part, spec.dtype or "?"), []).append(spec.rows * spec.width)
+    if json:
+        found = [
+            {"part": part, "dtype": dtype, "tensors": len(sizes), "values": sum(sizes)}
+            for (part, dtype), sizes in parts.items()
+        ]
+        _print_json(
+            {"checkpoint": str(checkpoint), "parts": found, "plan": loads(plan(checkpoint).to_json())}
+        )
+        return
     typer.echo(f"{checkpoint}: {len(headers)} tensors")
     for (part, dtype), sizes in parts.items():
         typer.echo(f"  {part:<28} {dtype:<10} {len(sizes):>5} tensors {sum(sizes):>16,} values")
     typer.echo(str(plan(checkpoint)))
 
 
-@app.command()
-def explain(checkpoint: Checkpoint) -> None:
+@app.command(epilog="Example: fxfuse explain ./Qwen3.5-0.8B --html report.html, then open the page.")
+def explain(
+    checkpoint: Checkpoint,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with the blocks before and after, drawn.")
+    ] = None,
+    json: Json = False,
+) -> None:
     """Say what the passes would match in a checkpoint's model, and what is left alone. Reads no weights."""
+    import fxfuse
+
+    if html is not None and not html.parent.is_dir():
+        raise OptionError(f"--html {html}: there is no folder {html.parent}: create it, or name another")
+    report = fxfuse.explain(_model_without_weights(checkpoint))
+    if html is not None:
+        report.to_html(html)
+        typer.echo(f"written: {html}", err=True)
+    if json:
+        _print_json(report.to_dict())
+    else:
+        typer.echo(str(report))
+
+
+def _model_without_weights(checkpoint: Path) -> Any:
     import torch
+    import transformers
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import fxfuse
     from fxfuse.runtime.headers import read_config
 
     read_config(checkpoint)  # a folder without one is our error, and shorter than transformers'
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
-    typer.echo(str(fxfuse.explain(model)))
+    if not sys.stderr.isatty():
+        transformers.logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise UnsupportedModelError(
+            f"transformers {transformers.__version__} cannot build a causal language model from "
+            f"{checkpoint / 'config.json'}: {str(error).strip().splitlines()[0]}"
+        ) from error
 
 
-@app.command()
+def _print_json(found: Any) -> None:
+    typer.echo(dumps(found, indent=2))
+
+
+@app.command(epilog="Example: fxfuse convert ./Qwen3.5-0.8B ./for-sglang --layout sglang")
 def convert(
     source: Checkpoint,
     destination: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
@@ -120,6 +166,7 @@ def convert(
     world: Annotated[int | None, typer.Option(help="Number of tensor-parallel ranks.")] = None,
     shard_gb: Annotated[float, typer.Option(min=0.001, help="Largest size of a file, in GB.")] = 5.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder if it exists.")] = False,
+    json: Json = False,
 ) -> None:
     """Write a checkpoint in another layout, a piece at a time. `--layout hf` leads back, bit for bit."""
     from fxfuse.runtime.convert import convert as run
@@ -137,22 +184,26 @@ def convert(
             shard_bytes=int(shard_gb * 10**9),
             overwrite=overwrite,
         )
-    typer.echo(str(result))
+    typer.echo(result.to_json() if json else str(result))
 
 
-@app.command()
+@app.command(epilog="Example: fxfuse verify ./Qwen3.5-0.8B ./for-sglang && echo the same weights")
 def verify(
     left: Checkpoint,
     right: Annotated[Path, typer.Argument(help="Folder to compare with.", show_default=False)],
+    json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, bit for bit, in any layouts. Exits with 1 if they differ."""
     from fxfuse.runtime.convert import differences
 
     with _bar() as progress:
         found = list(differences(left, right, progress))
-    for line in found:
-        typer.echo(line)
-    typer.echo(f"{len(found)} tensors differ" if found else "equal, bit for bit")
+    if json:
+        _print_json({"equal": not found, "differences": found})
+    else:
+        for line in found:
+            typer.echo(line)
+        typer.echo(f"{len(found)} tensors differ" if found else "equal, bit for bit")
     raise typer.Exit(1 if found else 0)
 
 
@@ -170,7 +221,7 @@ def _bar() -> Iterator[Callable[[int, int], None]]:
         yield progress
 
 
-@app.command()
+@app.command(epilog="Example: fxfuse demo --size 0.8b, or fxfuse demo ./Qwen3.5-0.8B --tokens 256")
 def demo(
     checkpoint: Annotated[
         str | None,
@@ -194,7 +245,10 @@ def demo(
     raise typer.Exit(1 if result.differences else 0)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    epilog="Example: fxfuse bench decode --help",
+)
 def bench(
     ctx: typer.Context,
     name: Annotated[

@@ -1,0 +1,130 @@
+"""The command for people and for machines: help one can act on, JSON, pages, errors in one line."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from fxfuse import cli
+from fxfuse.runtime.random_checkpoint import random_checkpoint
+
+VERBS = ["inspect", "explain", "convert", "verify", "demo", "bench"]
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments], terminal_width=200)
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_checkpoint("small", cache=tmp_path_factory.mktemp("cache"), progress=False)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_says_what_for_gives_an_example_and_explains_every_argument(verb: str) -> None:
+    code, out, _ = run(verb, "--help")
+    assert code == 0 and f"Example: fxfuse {verb}" in re.sub(r"\s+", " ", out)
+    command: Any = next(c for c in cli.app.registered_commands if c.callback.__name__ == verb)
+    assert len(command.callback.__doc__) > 30
+    for line in out.splitlines():
+        option = re.search(r"│ (?:\*\s+)?(--[a-z-]+)", line)
+        assert option is None or re.search(r"[a-z]{3}.* [a-z]{2}", line.replace(option[1], "")), line
+
+
+def test_help_of_the_command_has_exit_codes_and_where_to_begin() -> None:
+    out = re.sub(r"\s+", " ", run("--help")[1])
+    for said in (
+        "Begin with fxfuse demo",
+        "0 as expected",
+        "1 a result differs",
+        "2 fxfuse cannot",
+        "--debug",
+    ):
+        assert said in out
+
+
+def test_json_of_inspect_explain_convert_and_verify_is_all_that_stdout_has(
+    folder: Path, tmp_path: Path
+) -> None:
+    code, out, _ = run("inspect", folder, "--json")
+    found = json.loads(out)
+    assert code == 0 and sum(part["tensors"] for part in found["parts"]) == 91 and found["plan"]
+    code, out, _ = run("explain", folder, "--json")
+    assert code == 0 and {row["rule"] for row in json.loads(out)["rows"]} >= {"same_input_linears"}
+    code, out, _ = run("convert", folder, tmp_path / "there", "--layout", "sglang", "--json")
+    assert code == 0 and isinstance(json.loads(out), dict)
+    code, out, _ = run("verify", folder, tmp_path / "there", "--json")
+    assert code == 0 and json.loads(out) == {"equal": True, "differences": []}
+    shard = sorted((tmp_path / "there").glob("*.safetensors"))[0]
+    whole = bytearray(shard.read_bytes())
+    whole[-1] ^= 1
+    shard.write_bytes(whole)
+    code, out, _ = run("verify", folder, tmp_path / "there", "--json")
+    assert code == 1 and json.loads(out)["equal"] is False and len(json.loads(out)["differences"]) == 1
+
+
+def test_explain_writes_the_page_that_a_report_writes_without_reading_weights(
+    folder: Path, tmp_path: Path
+) -> None:
+    without = tmp_path / "without"
+    without.mkdir()
+    (without / "config.json").write_bytes((folder / "config.json").read_bytes())
+    code, _, err = run("explain", without, "--html", tmp_path / "page.html")
+    assert code == 0 and "page.html" in err
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("<svg") >= 12 and "model.layers.{0..2}.linear_attn.in_proj_qkv_z_b_a" in page
+
+
+def _no_config(folder: Path) -> list[object]:
+    return ["explain", folder]
+
+
+def _no_tensors(folder: Path) -> list[object]:
+    return ["inspect", folder]
+
+
+def _unknown_model(folder: Path) -> list[object]:
+    (folder / "config.json").write_text('{"model_type": "no_such_model"}')
+    return ["explain", folder]
+
+
+def _broken_config(folder: Path) -> list[object]:
+    (folder / "config.json").write_text("{")
+    return ["explain", folder]
+
+
+def _no_folder_for_the_page(folder: Path) -> list[object]:
+    return ["explain", folder, "--html", folder / "nowhere" / "page.html"]
+
+
+def _unknown_layout(folder: Path) -> list[object]:
+    random_checkpoint("small", cache=folder / "cache", progress=False)
+    folder = next((folder / "cache").iterdir())
+    return ["convert", folder, folder.parents[1] / "new", "--layout", "sglangg"]
+
+
+def _unknown_benchmark(folder: Path) -> list[object]:
+    return ["bench", "no-such"]
+
+
+@pytest.mark.parametrize(
+    ("prepare", "says"),
+    [
+        (_no_config, "config.json"),
+        (_no_tensors, "safetensors"),
+        (_unknown_model, "no_such_model"),
+        (_broken_config, "config.json"),
+        (_no_folder_for_the_page, "nowhere"),
+        (_unknown_layout, "sglangg"),
+        (_unknown_benchmark, "no-such"),
+    ],
+)
+def test_an_error_is_one_line_on_stderr_that_names_the_thing(prepare: Any, says: str, tmp_path: Path) -> None:
+    code, out, err = run(*prepare(tmp_path))
+    lines = err.strip().splitlines()
+    assert (code, out, len(lines)) == (2, "", 1), (code, out, err)
+    assert lines[0].startswith("fxfuse: ") and says in lines[0] and len(lines[0]) > 40
