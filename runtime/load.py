@@ -13,7 +13,7 @@ from fxfuse.passes.weights.transform import filled_target
 from fxfuse.runtime.decoder_stack import inner_model, plain_tensors
 from fxfuse.runtime.headers import read_plan, read_tensors
 from fxfuse.runtime.materialise import Materialised
-from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin
+from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin, plan_of_tensors
 from fxfuse.runtime.recognise import back_through, bare, way_back
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
@@ -110,8 +110,12 @@ def _back(
     """The plan from the layout that the given tensors are in to the model's own."""
     if layout is not None:
         return back_through(plan(model, layout), given)
-    # where none fits, what is missing and what is not known is said tensor by tensor
-    return way_back(lambda known: plan(model, known), LAYOUTS, own, given) or WeightPlan()
+    found = way_back(lambda known: plan(model, known), LAYOUTS, own, given)
+    if found is None:
+        # what is missing and what is not known is said tensor by tensor
+        return WeightPlan()
+    # names are transformers' own, where experts may still be turned: their shapes tell
+    return found if len(found) else plan_of_tensors(model.config, given, "hf")
 
 
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_FromDict | _FromFiles") -> None:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, Qwen3_5MoeTextConfig, Qwen3_5Text
 
 from fxfuse.errors import CheckpointError, OptionError, PlanError, UnsupportedModelError
 from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, WeightPlan, all_ranks
-from fxfuse.runtime import checkpoint_writer
+from fxfuse.runtime import checkpoint_writer, safetensors_file, streaming
 from fxfuse.runtime.convert import convert, differences
 from fxfuse.runtime.headers import read_tensors
 from fxfuse.runtime.plan import plan
@@ -87,6 +87,28 @@ def test_there_and_back_is_byte_equal_and_there_is_the_plan_applied(
     assert same(load(tmp_path / "back"), weights)
     for left, right in (("source", "there"), ("there", "back")):
         assert list(differences(tmp_path / left, tmp_path / right)) == []
+
+
+def test_a_tied_head_is_not_in_the_files_and_not_missed(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.state("dense")
+    del weights["lm_head.weight"]
+    fields = narrow.configs["dense"].to_dict() | {"tie_word_embeddings": True}
+    source = narrow.write(tmp_path / "source", weights, fields, shards=3)
+    convert(source, tmp_path / "there", "fused")
+    convert(tmp_path / "there", tmp_path / "back", "hf")
+    assert same(load(tmp_path / "back"), weights)
+
+
+def test_files_that_another_program_fused_are_converted_and_compared(dense: Path, tmp_path: Path) -> None:
+    convert(dense, tmp_path / "foreign", "sglang")
+    (tmp_path / "foreign" / "fxfuse_plan.json").unlink()
+    assert list(differences(dense, tmp_path / "foreign")) == []
+    convert(tmp_path / "foreign", tmp_path / "fused")
+    convert(dense, tmp_path / "expected")
+    assert same(load(tmp_path / "fused"), load(tmp_path / "expected"))
+    # the plan that is left leads to transformers' layout, not to the one that was found
+    convert(tmp_path / "fused", tmp_path / "back", "hf")
+    assert same(load(tmp_path / "back"), load(dense))
 
 
 def test_one_layout_becomes_another_without_a_way_over_the_first(
@@ -259,11 +281,26 @@ def test_destinations_that_touch_the_source_or_are_no_folder_are_refused(dense: 
         convert(dense, tmp_path / "x", shard_bytes=0)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_no_permission_is_an_error_of_ours(dense: Path, tmp_path: Path) -> None:
-    (tmp_path / "closed").mkdir(mode=0o500)
-    with pytest.raises(CheckpointError, match="cannot be written"):
-        convert(dense, tmp_path / "closed" / "there")
+def test_what_the_system_does_not_permit_is_an_error_of_ours(
+    dense: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(*_: object, **__: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "mkdir", denied)
+        with pytest.raises(CheckpointError, match=r"there\.partial: cannot be written .*Permission denied"):
+            convert(dense, tmp_path / "there")
+    for module, name, message in (
+        (safetensors_file.os, "open", r"model-\d\.safetensors: not a readable .*Permission denied"),
+        (streaming.os, "preadv", r"model-\d\.safetensors: .* cannot be read .*Permission denied"),
+        (Path, "read_text", r"config\.json: not readable .*Permission denied"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, denied)
+            with pytest.raises(CheckpointError, match=message):
+                convert(dense, tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"dense"}
 
 
 # --- bad input

@@ -24,6 +24,7 @@ from transformers import (
 from fxfuse.errors import PlanError, UnsupportedModelError
 from fxfuse.runtime.convert import convert, differences
 from fxfuse.runtime.families import known_model_types
+from fxfuse.runtime.load import load_state_dict
 from fxfuse.runtime.plan import plan
 
 HIDDEN, WIDTH, EXPERTS = 16, 6, 3
@@ -148,6 +149,23 @@ def test_a_vision_language_models_turned_stacks_are_told_by_their_shapes(tmp_pat
             assert torch.equal(apart[f"{layer}{e}.down_proj.weight"], down)
     loaded = Qwen3VLMoeForConditionalGeneration.from_pretrained(source)
     assert equal(dict(loaded.state_dict()), weights)
+    with torch.device("meta"):
+        model = Qwen3VLMoeForConditionalGeneration(config)
+    load_state_dict(model, source)
+    assert equal(dict(model.state_dict()), weights)
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("on_meta", [True, False])
+def test_single_experts_are_loaded_into_models(kind: str, on_meta: bool, tmp_path: Path) -> None:
+    weights = state_of(kind)
+    given = single(kind, weights)
+    for source in (given, write(tmp_path / "single", CONFIGS[kind], given)):
+        with torch.device("meta" if on_meta else "cpu"):
+            model = AutoModelForCausalLM.from_config(CONFIGS[kind])
+        load_state_dict(model, source)
+        assert equal(dict(model.state_dict()), weights)
+        assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
