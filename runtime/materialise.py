@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.errors import PlanError, UnsupportedModelError
+from fxfuse.runtime.layouts.scales import SCALES
 from fxfuse.runtime.live_weights import packed_parameters
 from fxfuse.runtime.plan import plan
 
@@ -63,13 +64,16 @@ class Materialised:
 def _groups(model: nn.Module) -> list[tuple[str, ...]]:
     """Names of the parameters that the fused weights consist of, in the order of their rows."""
     try:
-        return [transform.sources for transform in plan(model, "fused").transforms]
+        groups = [transform.sources for transform in plan(model, "fused").transforms]
     except PlanError:  # nothing to merge
         return []
+    return [group for group in groups if not group[0].endswith(SCALES)]
 
 
 def _may_be_packed(tensor: Tensor) -> bool:
-    return type(tensor) is nn.Parameter and tensor.is_meta and tensor.is_contiguous()
+    """Linears in FP8 are no operation of a captured graph that is merged."""
+    is_plain = type(tensor) is nn.Parameter and tensor.dtype.itemsize > 1
+    return is_plain and tensor.is_meta and tensor.is_contiguous()
 
 
 def _compute_buffers(model: nn.Module) -> None:

@@ -14,6 +14,8 @@ from transformers.integrations.finegrained_fp8 import replace_with_fp8_linear
 
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights import WeightPlan
+from fxfuse.runtime.live_weights import is_packed
+from fxfuse.runtime.load import load_state_dict
 from fxfuse.runtime.plan import plan
 
 BLOCK = 8
@@ -180,6 +182,34 @@ def test_experts_of_a_stack_in_fp8_come_apart_with_their_scales(strategy: str) -
     back = planned.inverse().apply(apart)
     assert back.keys() == weights.keys()
     assert all(bits(back[n]) == bits(t) for n, t in weights.items())
+
+
+@pytest.mark.parametrize("strategy", ["block", "tensor"])
+def test_a_model_in_fp8_is_loaded_and_its_linears_are_not_packed(strategy: str) -> None:
+    model = fp8_model(strategy)
+    weights = filled(model)
+    load_state_dict(model, weights)
+    own = dict(model.named_parameters())
+    assert all(bits(own[n].detach()) == bits(t) for n, t in weights.items())
+    packed = {n for n, p in own.items() if is_packed(p)}
+    assert packed == {
+        *(f"model.layers.0.linear_attn.in_proj_{n}.weight" for n in "ba"),
+        *(f"model.layers.{i}.mlp.{n}.weight" for i in (0, 1) for n in ("gate", "shared_expert_gate")),
+    }
+
+
+def test_single_experts_in_fp8_are_loaded_into_the_stack_with_their_scales(tmp_path: Path) -> None:
+    weights = weights_of("moe", "block")
+    source = write(tmp_path, config_of("moe", "block"), weights)
+    model = fp8_model("block")
+    load_state_dict(model, source)
+    own = model.state_dict()
+    gate_up, scales = own[STACK + "gate_up_proj"], own[STACK + "gate_up_proj_scale_inv"]
+    for e in range(EXPERTS):
+        for i, part in enumerate(("gate", "up")):
+            name = f"{STACK}{e}.{part}_proj.weight"
+            assert bits(gate_up[e, i * WIDTH : (i + 1) * WIDTH]) == bits(weights[name])
+            assert torch.equal(scales[e, i : i + 1], weights[name + "_scale_inv"])
 
 
 @pytest.mark.parametrize("shape", [(EXPERTS,), (EXPERTS, 1), (EXPERTS, 1, 1)])
