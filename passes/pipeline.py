@@ -8,11 +8,13 @@ from fxfuse.errors import OptionError
 from fxfuse.passes import (
     add_rms_norm,
     causal_conv1d,
+    depthwise_convs,
     gated_rms_norm,
     gdn_decode,
     gdn_gates,
     grouped_query_attention,
     layout_chains,
+    one_query_attention,
     one_row_linears,
     qk_norm_rope_gate,
     rms_norm,
@@ -54,6 +56,8 @@ PASSES: tuple[Pass, ...] = (
     Pass("swiglu", swiglu.RULE.run, target="cuda"),
     Pass("sigmoid_gate", sigmoid_gate.run, target="cuda"),
     Pass("layout_chains", layout_chains.run),
+    Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu"),
+    Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu"),
     Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu"),
 )
 

@@ -1,0 +1,95 @@
+"""A short depthwise convolution becomes shifted products: only such a one, and no less exact."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fxfuse import Rewritten, rewrite
+from fxfuse.passes import depthwise_convs
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.rewrite import traced
+from fxfuse.testing.tensors import integer_tensor
+
+PASS = "depthwise_convs"
+
+
+def matches(rewritten: Rewritten) -> list[Any]:
+    return rewritten.report.graphs[0].outcomes[PASS].matches
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("padding", [0, 3])
+@pytest.mark.parametrize(("taps", "length"), [(4, 4), (4, 9), (1, 5), (8, 11), (2, 2)])
+def test_every_size_and_padding(rewrite_equal: Any, taps: int, length: int, padding: int, bias: bool) -> None:
+    conv = nn.Conv1d(6, 6, taps, groups=6, padding=padding, bias=bias)
+    rewritten = rewrite_equal(conv, [integer_tensor((2, 6, length), 0)], passes=PASS)
+    assert len(matches(rewritten)) == 1
+    targets = {str(node.target) for node in rewritten.graph_module.graph.nodes}
+    assert "aten.conv1d.default" not in targets
+
+
+def test_an_input_in_another_layout(rewrite_equal: Any) -> None:
+    """The mixer's input is a transposed view; the output of a convolution is contiguous all the same."""
+
+    class Mixer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv1d(6, 6, 4, groups=6, padding=3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(x.transpose(1, 2))[:, :, : x.shape[1]]
+
+    rewritten = rewrite_equal(Mixer(), [integer_tensor((2, 9, 6), 0)], passes=PASS)
+    assert len(matches(rewritten)) == 1
+    for length in (1, 5, 30):
+        x = integer_tensor((2, length, 6), length)
+        assert rewritten.graph_module(x).shape == x.transpose(1, 2).shape
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        nn.Conv1d(6, 6, 4),
+        nn.Conv1d(6, 6, 4, groups=3),
+        nn.Conv1d(6, 12, 4, groups=6),
+        nn.Conv1d(6, 6, 4, groups=6, stride=2),
+        nn.Conv1d(6, 6, 4, groups=6, dilation=2),
+        nn.Conv1d(6, 6, 9, groups=6),
+        nn.Conv1d(6, 6, 4, groups=6, padding="same"),
+    ],
+)
+def test_other_convolutions_stay(rewrite_equal: Any, other: nn.Module) -> None:
+    assert matches(rewrite_equal(other, [integer_tensor((2, 6, 12), 0)], passes=PASS)) == []
+
+
+def test_half_precision_is_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        conv = nn.Conv1d(64, 64, 4, groups=64, padding=3, dtype=dtype)
+        x = torch.randn(1, 64, 33, dtype=dtype)
+        rewritten = rewrite(conv, [x], passes=PASS)
+        with torch.no_grad():
+            exact = nn.functional.conv1d(
+                x.double(), conv.weight.double(), conv.bias.double(), padding=3, groups=64
+            )
+            error = (rewritten.graph_module(x).double() - exact).abs()
+        assert rewritten.graph_module(x).dtype == dtype
+        assert bool((error <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all())
+
+
+def test_with_gradients_the_convolution_stays() -> None:
+    """Autograd would keep every product."""
+    conv = nn.Conv1d(6, 6, 4, groups=6)
+    program = traced(conv, dict(conv.named_parameters()), [torch.ones(1, 6, 9)], Options())
+    assert len(depthwise_convs.run(program.copy()).matches) == 1
+    assert depthwise_convs.run(replace(program.copy(), grad_enabled=True)).matches == []
+
+
+def test_on_another_device_the_convolution_stays() -> None:
+    conv = nn.Conv1d(6, 6, 4, groups=6, device="meta")
+    x = torch.ones(1, 6, 9, device="meta")
+    program = traced(conv, dict(conv.named_parameters()), [x], Options())
+    assert depthwise_convs.run(program).matches == []
