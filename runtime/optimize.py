@@ -26,8 +26,8 @@ log = logging.getLogger("fxfuse")
 # Prompts and tokens, over either cache, with and without gradients: more than torch's 8 for one function.
 RECOMPILE_LIMIT = 64
 NOTHING_CAPTURED = (
-    "torch.compile captured no graph: the model runs as it was (it skips torch.nn's own classes, such as "
-    "Sequential, where they are the outermost module)"
+    "torch.compile captured no graph: the model runs as it was (its forward may be kept from compiling, by "
+    "torch.compiler.disable say)"
 )
 MODE_LOST = (
     "generate() asked torch.compile for mode={0!r}, which is lost: optimize() has compiled the model "

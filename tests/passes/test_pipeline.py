@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -26,7 +27,7 @@ X = integer_tensor((1, 8), seed=0)
 
 
 class Block(nn.Module):
-    """Something for every pass: linears on one input, a chain behind one of them, one row."""
+    """Something for every pass: linears on one input, a chain, one row, one query, a convolution."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,12 +35,18 @@ class Block(nn.Module):
         self.k = nn.Linear(8, 4, bias=False)
         self.gate = nn.Linear(8, 4)
         self.up = nn.Linear(8, 4)
+        self.conv = nn.Conv1d(8, 8, 3, groups=8, padding=1)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        one = x[:, None, None]  # attends to itself alone, which is exact
+        seen = (
+            F.scaled_dot_product_attention(one, one, one, scale=1.0)
+            + self.conv(x[:, None].transpose(1, 2)).mT[:, None]
+        )
         a, b, c = self.q(x).view(-1, 2, 6).split([2, 3, 1], dim=-1)
         rows = x.shape[0]
         mixed = torch.cat([a.reshape(rows, -1), b.reshape(rows, -1), c.reshape(rows, -1)], dim=-1)
-        return [mixed + 1, self.k(x) * 2, self.gate(x + 1) * self.up(x + 1)]
+        return [mixed + 1, self.k(x) * 2, self.gate(x + 1) * self.up(x + 1), seen]
 
 
 def program_of(module: nn.Module, *inputs: Any) -> Program:

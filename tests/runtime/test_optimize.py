@@ -266,11 +266,18 @@ class Chain(nn.Module):
         return self.second(self.first(x).relu())
 
 
+class Excluded(nn.Module):
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
         (Chain, "nothing matched in a"),
-        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "captured no graph"),
+        (Excluded, "captured no graph"),
+        (lambda: nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), "nothing matched in a"),
     ],
 )
 def test_a_model_with_nothing_to_match_answers_as_before_with_a_warning(
