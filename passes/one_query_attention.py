@@ -71,7 +71,9 @@ def _replace(program: Program, attention: Node) -> None:
 
     with graph.inserting_before(attention):
         products = call(aten.mul.Tensor, wide(query), wide(for_every_head(key)))
-        scores = call(aten.mul.Tensor, call(aten.sum.dim_IntList, products, [-1]), scale)
+        scores = call(aten.sum.dim_IntList, products, [-1])
+        if scale != 1:
+            scores = call(aten.mul.Tensor, scores, scale)
         if mask is not None:
             row = call(aten.select.int, mask, -2, 0)
             if mask.meta["val"].dtype == torch.bool:
