@@ -29,5 +29,6 @@ def test_every_way_packs_the_same_weights_and_says_how_much_memory_it_took(
             assert peer.sample() > 0
         assert baseline.fused_calls() == ours[0].fused_calls() == ours[1].fused_calls() > 0
         assert all(peer.output_matched() for peer in case.peers)
-    assert options.peak_bytes["load_state_dict, fused"] < options.peak_bytes["from_pretrained, hf"]
+    # about 0.18 GB of weights; a second copy of them would show
+    assert all(1.5e8 < options.peak_bytes[f"load_state_dict, {layout}"] < 3e8 for layout in ("hf", "fused"))
     assert "GB of weights" in capsys.readouterr().out
