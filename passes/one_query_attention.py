@@ -81,8 +81,7 @@ def _replace(program: Program, attention: Node) -> None:
             else:
                 scores = call(aten.add.Tensor, scores, row)
         shares = call(aten.unsqueeze.default, call(aten._safe_softmax.default, scores, -1), -1)
-        y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, shares, wide(for_every_head(value))), [-2])
-        y = call(aten.unsqueeze.default, y, 2)
+        y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, shares, wide(for_every_head(value))), [-2], True)
         if q.dtype != torch.float32:
             y = call(aten.to.dtype, y, q.dtype)
     attention.replace_all_uses_with(y)
