@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 import torch
+from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
 from fxfuse.passes.modes import PLAIN, modes
@@ -47,7 +48,8 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
             y = call(aten.add.Tensor, y, call(aten.unsqueeze.default, bias, 1))
         if dtype != torch.float32:
             y = call(aten.to.dtype, y, dtype)
-        y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
+        if not is_contiguous_or_false(x.meta["val"]):  # type: ignore[union-attr]
+            y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
     conv.replace_all_uses_with(y)
     graph.erase_node(conv)
 
