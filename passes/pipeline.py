@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fxfuse.errors import OptionError
 from fxfuse.passes import (
     add_rms_norm,
+    cache_lengths,
     causal_conv1d,
     depthwise_convs,
     gated_rms_norm,
@@ -46,6 +47,7 @@ class Pass:
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
     Pass("gdn_decode", gdn_decode.run, target="cuda"),
+    Pass("cache_lengths", cache_lengths.run, target="cuda"),
     Pass("qk_norm_rope_gate", qk_norm_rope_gate.run, target="cuda"),
     Pass("grouped_query_attention", grouped_query_attention.run, target="cuda"),
     Pass("causal_conv1d", causal_conv1d.run, target="cuda"),

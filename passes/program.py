@@ -218,9 +218,8 @@ def module_path(node: Node) -> str:
     """Dotted path of the module that a node was traced in; empty where Dynamo left none."""
     stack = node.meta.get("nn_module_stack") or {}
     path = next(reversed(stack.values()))[0] if stack else ""
-    return ".".join(re.findall(r"\w+", path.replace("L['self']", "").replace("_modules", ""))).removeprefix(
-        "self."
-    )
+    path = re.sub(r"^L\['\w+'\]", "", path)  # the variable that held the model
+    return ".".join(re.findall(r"\w+", path.replace("_modules", ""))).removeprefix("self.")
 
 
 def _empty_like(value: Any, shape: tuple[int, ...], fake_mode: Any) -> Any:

@@ -260,7 +260,24 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     )
 
 
-def _replace(program: Program, found: Candidate, region: Sequence[Node], reading: Reading) -> None:
+def _start(guards: Guards, positions: Any, last: Node) -> Any:
+    """The first of consecutive positions where they are spelled as a range after it, which costs no call."""
+    if str(positions.target) != "aten.add.Tensor" or len(positions.args) != 2 or positions.kwargs:
+        return positions
+    for numbers, start in (positions.args, positions.args[::-1]):
+        if not isinstance(numbers, Node) or not isinstance(start, Node) or _dims(start):
+            continue
+        value = start.meta.get("val")
+        if str(numbers.target) != "aten.arange.default" or not isinstance(value, Tensor):
+            continue
+        if guards.writes.version(start, positions) == guards.writes.version(start, last):
+            return start
+    return positions
+
+
+def _replace(
+    program: Program, guards: Guards, found: Candidate, region: Sequence[Node], reading: Reading
+) -> None:
     aten, fxfuse = torch.ops.aten, torch.ops.fxfuse
     heads, head_dim = found.query.meta["val"].shape[1::2]
     kv_heads = found.key.meta["val"].shape[1]
@@ -277,7 +294,7 @@ def _replace(program: Program, found: Candidate, region: Sequence[Node], reading
                 node = call(program, found.query, aten.unsqueeze.default, node, 0)
             angles.append(node)
         if found.writes:
-            caches, positions = found.caches, found.writes[0].args[2]
+            caches, positions = found.caches, _start(guards, found.writes[0].args[2], region[-1])
         else:
             shape = [_size(program, reading.key, i) for i in range(2)]
             shape = [shape[0], kv_heads, shape[1], head_dim]
@@ -344,5 +361,5 @@ def run(program: Program) -> Outcome:
         detail = f"{len(accepted[-1][1])} calls → 1{', cache in place' if found.writes else ''}"
         outcome.matches.append(Match(RULE, where, (), detail))
     for found, region, reading in accepted:
-        _replace(program, found, region, reading)
+        _replace(program, guards, found, region, reading)
     return outcome

@@ -23,6 +23,7 @@ from fxfuse.passes import pipeline
 from fxfuse.passes.program import Program, Weight
 from fxfuse.patterns import ops
 from fxfuse.runtime import capture, inner, leaves, live_weights
+from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.pictures import pictures
 from fxfuse.runtime.report import GraphRecord, Report, announce
@@ -92,7 +93,8 @@ def _compiled(
     if why is not None and session.report.note(why):
         log.warning(why)
     program = _program(graph_module, inputs, options, session)
-    passes = pipeline.selected(options.passes, chosen_inner, options.target_for(inputs))
+    target = options.target_for(inputs)
+    passes = pipeline.selected(options.passes, chosen_inner, target)
     before = len(program.graph.nodes)
     rewritten, outcomes = pipeline.apply(program, passes)
     record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)
@@ -102,6 +104,7 @@ def _compiled(
     if options.strict:
         _raise_on_miss(record)
     if session.dry_run:
+        record.launches = blocks_of(rewritten.graph) if target == "cuda" else []
         session.report.graphs.append(record)
         return graph_module.forward
     if not any(outcome.matches for outcome in outcomes.values()):

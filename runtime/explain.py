@@ -27,6 +27,7 @@ def explain(
     passes: str | Sequence[str] = "default",
     weights: str = "auto",
     inner: str = "inductor",
+    target: str = "auto",
     strict: bool = False,
 ) -> Report:
     """The report that optimize() would give for a prefill and the decoding of one token, under no_grad.
@@ -35,11 +36,15 @@ def explain(
         model: a model, also one on the meta device, which is taken for one on the CPU.
         inputs: keyword arguments of one call, for a model that is not a language model; by default a prompt
             of 17 tokens with a cache, then one token.
-        passes, weights, inner, strict: as in `fxfuse.optimize`.
+        passes, weights, inner, target, strict: as in `fxfuse.optimize`. For the target "cuda" the cache is a
+            static one, and the report has the kernels of each kind of block (`GraphRecord.launches`); no such
+            device is needed.
 
     Raises UnsupportedModelError under strict where anything would be left alone.
     """
-    options = Options.of({"passes": passes, "weights": weights, "inner": inner, "strict": strict})
+    options = Options.of(
+        {"passes": passes, "weights": weights, "inner": inner, "target": target, "strict": strict}
+    )
     leaves.install()
     report = Report()
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -49,7 +54,7 @@ def explain(
     token = backend.current_session.set(session)
     try:
         with mode, torch.no_grad():
-            _calls(run, twin, inputs)
+            _calls(run, twin, inputs, static=target == "cuda")
     except Exception as error:
         own = raised_on_purpose(error)
         if own is not None:
@@ -60,16 +65,23 @@ def explain(
     return report
 
 
-def _calls(run: Any, twin: nn.Module, inputs: Mapping[str, torch.Tensor] | None) -> None:
+def _calls(run: Any, twin: nn.Module, inputs: Mapping[str, torch.Tensor] | None, static: bool) -> None:
     if inputs is not None:
         run(**{name: torch.empty_like(value) for name, value in inputs.items()})
         return
     device = next(twin.parameters()).device
     prompt = torch.ones(1, PROMPT, dtype=torch.long, device=device)
-    out = run(input_ids=prompt, use_cache=True)
+    given = {"past_key_values": _static_cache(twin)} if static else {}
+    out = run(input_ids=prompt, use_cache=True, **given)
     cache = getattr(out, "past_key_values", None)
     if cache is not None:
         run(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+
+
+def _static_cache(model: nn.Module) -> Any:
+    from transformers import StaticCache
+
+    return StaticCache(config=model.config.get_text_config(), max_cache_len=2 * PROMPT)  # type: ignore[union-attr, operator]
 
 
 def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:

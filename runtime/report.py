@@ -22,6 +22,7 @@ from torch import nn
 from fxfuse.errors import OptionError
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.pipeline import PASSES
+from fxfuse.runtime.launches import Block
 from fxfuse.runtime.measure import Measurement, measure
 from fxfuse.runtime.pictures import Picture
 
@@ -45,6 +46,7 @@ class GraphRecord:
     calls: int = 0
     packs: int = 0
     pictures: list[Picture] = field(default_factory=list, repr=False)
+    launches: list[Block] = field(default_factory=list, repr=False)
 
     def __str__(self) -> str:
         parts = [
@@ -177,7 +179,8 @@ class Report:
             "rows": [asdict(row) for row in self.rows],
             "misses": [asdict(miss) for miss in self.misses],
             "graphs": [
-                {k: v for k, v in vars(graph).items() if k not in ("outcomes", "pictures")}
+                {k: v for k, v in vars(graph).items() if k not in ("outcomes", "pictures", "launches")}
+                | ({"launches": [asdict(block) for block in graph.launches]} if graph.launches else {})
                 for graph in self.graphs
             ],
             "packed_bytes": self.packed_bytes,
@@ -210,6 +213,10 @@ class Report:
         else:
             yield self.table()
             yield self._summary()
+        for graph in self.graphs:
+            if graph.launches:
+                yield f"  kernels of the {graph.phase} graph:"
+                yield from (f"  {line}" for block in graph.launches for line in str(block).splitlines())
         for reason, places in self.reasons().items():
             yield f"  left alone: {', '.join(places)}: {reason}"
         for measured in self.measurements:

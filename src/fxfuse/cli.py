@@ -114,6 +114,9 @@ def explain(
     html: Annotated[
         Path | None, typer.Option(help="Write a page with the blocks before and after, drawn.")
     ] = None,
+    target: Annotated[
+        str, typer.Option(help="auto, cpu or cuda. For cuda the kernels of each kind of layer are listed.")
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Say what the passes would match in a checkpoint's model, and what is left alone. Reads no weights."""
@@ -121,7 +124,7 @@ def explain(
 
     if html is not None and not html.parent.is_dir():
         raise OptionError(f"--html {html}: there is no folder {html.parent}: create it, or name another")
-    report = fxfuse.explain(_model_without_weights(checkpoint))
+    report = fxfuse.explain(_model_without_weights(checkpoint), target=target)
     if html is not None:
         report.to_html(html)
         typer.echo(f"written: {html}", err=True)

@@ -83,6 +83,9 @@ def test_inspect_and_explain_describe_a_checkpoint_without_its_weights(tmp_path:
     code, out, err = run("explain", str(folder))
     assert code == 0, err
     assert "model.layers.{0..2}.linear_attn" in out
+    code, out, err = run("explain", str(folder), "--target", "cuda")
+    assert code == 0, err
+    assert "kernels of the decode graph" in out and "triton gdn_decode" in out
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -1,0 +1,59 @@
+"""The lengths of a static cache's layers, one tensor each, are counted up together at the end of the graph.
+
+Before: positions = arange(T) + length; length.add_(T); …                       in every layer
+After:  positions = arange(T) + length; …; _foreach_add_([length, …], T)        once
+
+Until then each layer may read its length as it was, which is where its new tokens begin.
+"""
+
+from collections import defaultdict
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from fxfuse.passes.outcome import Match, Outcome
+from fxfuse.passes.program import Program
+from fxfuse.passes.storage_writes import storage_of, written_by
+
+RULE = "cache_lengths"
+COUNT = "aten.add_.Tensor"
+
+
+def counts_up(node: Node) -> bool:
+    """An input of one whole number, counted up by a number; nobody reads what the call returns."""
+    length, *rest = node.args
+    if node.users or node.kwargs or len(rest) != 1 or not isinstance(length, Node):
+        return False
+    value, step = length.meta.get("val"), rest[0]
+    if isinstance(step, Node) and isinstance(step.meta.get("val"), Tensor):
+        return False
+    return (
+        length.op == "placeholder"
+        and isinstance(value, Tensor)
+        and value.dim() == 0
+        and not value.is_floating_point()
+    )
+
+
+def run(program: Program) -> Outcome:
+    """Move every count that nothing reads afterwards to the end."""
+    outcome = Outcome()
+    last_use: dict[int | None, Node] = {}
+    for node in program.graph.nodes:
+        if node.op != "output":
+            for n in node.all_input_nodes:
+                last_use[storage_of(n)] = node
+    together: dict[Any, list[Node]] = defaultdict(list)
+    for node in program.calls(COUNT):
+        if counts_up(node) and last_use[storage_of(node)] is node and written_by(node) == [node.args[0]]:
+            together[node.args[1]].append(node)
+    for step, nodes in together.items():
+        with program.graph.inserting_before(program.graph.find_nodes(op="output")[0]):
+            lengths: Any = [node.args[0] for node in nodes]
+            program.graph.call_function(torch.ops.aten._foreach_add_.Scalar, (lengths, step))
+        for node in nodes:
+            program.graph.erase_node(node)
+        outcome.matches.append(Match(RULE, "", (), f"{len(nodes)} counts → 1"))
+    return outcome
