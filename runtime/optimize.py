@@ -19,7 +19,7 @@ from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.runtime import backend, leaves, live_weights
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.options import Options
-from fxfuse.runtime.report import Report
+from fxfuse.runtime.report import Report, grouped
 
 log = logging.getLogger("fxfuse")
 
@@ -28,6 +28,10 @@ RECOMPILE_LIMIT = 64
 NOTHING_CAPTURED = (
     "torch.compile captured no graph: the model runs as it was (its forward may be kept from compiling, by "
     "torch.compiler.disable say)"
+)
+HOOKED = (
+    "accelerate's hooks move weights at every call of {}: these run as they were; load the model without "
+    "offloading, or onto one device, to have them rewritten"
 )
 MODE_LOST = (
     "generate() asked torch.compile for mode={0!r}, which is lost: optimize() has compiled the model "
@@ -106,6 +110,9 @@ def optimize(
     model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)
     state.entry = ref(entry)
     _states[model] = state
+    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    if hooked and state.report.note(text := HOOKED.format(", ".join(grouped(hooked)))):
+        log.warning("%s", text)
     return given
 
 

@@ -226,14 +226,11 @@ class Report:
 
     def reasons(self) -> dict[str, list[str]]:
         """Where each reason for a miss holds, layers grouped; "its weight" stands for a miss's own one."""
-        found: dict[tuple[str, str], set[str]] = defaultdict(set)
+        found: dict[str, list[str]] = defaultdict(list)
         for miss in self.misses:
             reason = miss.reason.replace(f"{miss.where}.weight", "its weight") if miss.where else miss.reason
-            found[reason, _pattern(miss.where)].add(miss.where)
-        places: dict[str, list[str]] = defaultdict(list)
-        for (reason, pattern), where in found.items():
-            places[reason].append(_grouped(pattern, where))
-        return dict(places)
+            found[reason].append(miss.where)
+        return {reason: grouped(places) for reason, places in found.items()}
 
     def lines(self) -> list[tuple[tuple[str, str, str], dict[str, str], bool]]:
         """The table: rule, place and detail; "matched of candidates" by phase; whether anything matched."""
@@ -292,6 +289,14 @@ def _pattern(where: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", where)
 
 
+def grouped(places: Iterable[str]) -> list[str]:
+    """Names of modules, those that differ in one number alone taken together: `layers.{0..23}.mlp`."""
+    by_pattern: dict[str, set[str]] = defaultdict(set)
+    for place in places:
+        by_pattern[_pattern(place)].add(place)
+    return [_grouped(pattern, found) for pattern, found in by_pattern.items()]
+
+
 def _grouped(pattern: str, places: Iterable[str]) -> str:
     """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, `layers.{0..2,4..6,…,20..22}.mlp`."""
     if pattern.count("*") != 1:
@@ -309,4 +314,4 @@ def _grouped(pattern: str, places: Iterable[str]) -> str:
     return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
 
 
-__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row", "announce"]
+__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row", "announce", "grouped"]
