@@ -19,7 +19,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("setuptools", minversion="77")
     # From a copy: setuptools writes build/ beside pyproject.toml, and a stale build/ leaks into wheels.
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md"):
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("src", "passes", "patterns", "runtime", "tests", "bench"):
         if (ROOT / name).is_dir():
