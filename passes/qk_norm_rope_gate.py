@@ -127,7 +127,20 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
             dependent.update(cone)
         else:
             angles.append(node)
+    angles = _bases(angles, dependent)
     return [n for n in program.graph.nodes if n in dependent], list(dict.fromkeys(weights)), angles
+
+
+def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
+    """cos and sin themselves, where parts of them are read; the views on the way join the region."""
+    found = list(dict.fromkeys(angles))
+    while len(found) > 2:
+        parts = [n for n in found if str(n.target) in readings_of.REPEATS and isinstance(n.args[0], Node)]
+        if not parts:
+            break
+        region.update(parts)
+        found = list(dict.fromkeys(n.args[0] if n in parts else n for n in found))  # type: ignore[misc]
+    return found
 
 
 def readings(

@@ -125,3 +125,36 @@ def test_a_gradient_of_one_output_alone_is_enough() -> None:
     given = [x.requires_grad_() for x in inputs(5)]
     chunk_gated_delta_rule(*given, True)[1].sum().backward()
     assert all(x.grad is not None for x in given[1:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_zero_keys_extreme_decays_and_large_values_give_numbers(dtype: torch.dtype) -> None:
+    given = inputs(65, state=False)
+    given[0][:, :3] = 0
+    given[1][:, 2:9] = 0
+    given[2] *= 1e4  # near the largest number of float16, 65504
+    given[3][:, 5:8] = -1e4  # softplus(100) · exp(A_log) and more
+    given[3][:, 20:23] = 0
+    given[4][:, 4] = 0
+    rounded = [x.to(dtype) for x in given[:3]]
+    out, final = chunk_gated_delta_rule(*rounded, *given[3:5], None, True)
+    exact, exact_final = oracle(*(x.float() for x in rounded), *given[3:5], None, True)
+    assert out.isfinite().all() and final.isfinite().all()
+    tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]
+    scale = exact.abs().amax()
+    assert ((out.double() - exact).abs() <= tolerance * scale).all()
+    torch.testing.assert_close(final, exact_final, rtol=1e-4, atol=1e-4 * float(exact_final.abs().amax()))
+
+
+def test_tokens_of_zeros_on_the_left_leave_what_follows_as_it_is() -> None:
+    """As transformers pads: hidden states of padding are zeroed, so its projections are, too."""
+    given = inputs(70, state=False)
+    alone = [x[:, 33:] for x in given[:5]]
+    for x in (*given[:3], given[4]):
+        x[:, :33] = 0
+    given[4][:, :33] = 0.5  # the rate of a zero is a half; the keys are zero all the same
+    out, final = chunk_gated_delta_rule(*given[:5], None, True)
+    expected, expected_final = chunk_gated_delta_rule(*alone, None, True)
+    torch.testing.assert_close(out[:, 33:], expected, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(final, expected_final, atol=2e-5, rtol=1e-4)
+    assert torch.equal(out[:, :33], torch.zeros_like(out[:, :33]))

@@ -1,0 +1,277 @@
+"""A step of Gated DeltaNet and attention's prologue: what is almost one is left alone, or stays right."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfuse import Rewritten, rewrite
+
+HK, R, DK, DV, HIDDEN, TAPS, EPS = 2, 2, 4, 6, 16, 4, 1e-6
+HV = HK * R
+CHANNELS = 2 * HK * DK + HV * DV
+Change = Callable[..., Any]
+
+
+class Step(nn.Module):
+    """One token of Gated DeltaNet; `change` names the one thing that is not as it should be."""
+
+    def __init__(self, change: str = "", spelling: str = "") -> None:
+        super().__init__()
+        self.change, self.spelling = change, spelling
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+
+        self.row = parameter(CHANNELS + HV * DV + 2 * HV, HIDDEN)
+        self.out = parameter(HIDDEN, HV * DV)
+        self.taps = parameter(CHANNELS, 1, TAPS)
+        self.A_log, self.dt_bias, self.norm = parameter(HV), parameter(HV), parameter(DV)
+
+    def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> Any:
+        batch = x.shape[0]
+        mixed, z, b, a = F.linear(x, self.row).split([CHANNELS, HV * DV, HV, HV], dim=-1)
+        window = torch.cat([conv_state, mixed.transpose(1, 2)], dim=-1)
+        if self.change != "the convolution's state stays":
+            conv_state.copy_(window[..., -TAPS:])
+        if self.spelling == "shifted products":
+            columns = window[..., -TAPS:] * self.taps[:, 0]
+            mixed = columns.sum(-1, keepdim=True)
+        else:
+            mixed = F.conv1d(window, self.taps, groups=CHANNELS)[..., -1:]
+        mixed = mixed * mixed.sigmoid() if self.spelling else F.silu(mixed)
+        if self.change == "no silu":
+            mixed = torch.tanh(mixed)
+        q, k, v = mixed.transpose(1, 2).split([HK * DK, HK * DK, HV * DV], dim=-1)
+        q, k = (t.reshape(batch, HK, DK).repeat_interleave(R, 1) for t in (q, k))
+        v = v.reshape(batch, HV, DV)
+        if self.change == "heads in another order":
+            v = v.flip(1)
+        eps = 1e-4 if self.change == "another epsilon of the l2 norm" else 1e-6
+        q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + eps) for t in (q, k))
+        g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
+        if self.change == "no softplus":
+            g = -self.A_log.exp() * F.relu(a + self.dt_bias)
+        decay, rate = g.exp().reshape(batch, HV, 1, 1), b.sigmoid().reshape(batch, HV, 1)
+        if self.change == "twice the rate":
+            rate = 2 * rate
+        if self.change == "an intermediate is read":
+            seen = decay + 1
+        if self.change == "half the precision inside":
+            k = k.half().float()
+        new = state * decay
+        if self.spelling == "einsum":
+            delta = (v - torch.einsum("bhkv,bhk->bhv", new, k)) * rate
+            new = new + torch.einsum("bhk,bhv->bhkv", k, delta)
+            y = torch.einsum("bhkv,bhk->bhv", new, q * DK**-0.5)
+        else:
+            delta = (v - (new * k[..., None]).sum(-2)) * rate
+            new = new + k[..., None] * delta[..., None, :]
+            y = (new * (q / DK**0.5)[..., None]).sum(-2)
+        if self.change == "the state is read in between":
+            seen = state.sum()
+        state.copy_(new)
+        if self.change == "the state is written again":
+            state.mul_(2)
+        z = z.reshape(batch, HV, DV)
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * self.norm * F.silu(z)
+        out = F.linear(y.reshape(batch, 1, HV * DV), self.out)
+        read = self.change in ("an intermediate is read", "the state is read in between")
+        return (out, seen) if read else out
+
+
+def inputs() -> list[Tensor]:
+    torch.manual_seed(1)
+    return [torch.randn(2, 1, HIDDEN), torch.randn(2, CHANNELS, TAPS), torch.randn(2, HV, DK, DV)]
+
+
+def rewrite_and_compare(module: nn.Module, given: list[Tensor], passes: list[str]) -> Rewritten:
+    found = rewrite(module, given, passes=passes, dynamic=False)
+    theirs, ours = copy.deepcopy(given), copy.deepcopy(given)
+    expected, got = module(*theirs), found.graph_module(*ours)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    return found
+
+
+def calls(found: Rewritten, name: str) -> int:
+    return sum(str(n.target) == f"fxfuse.{name}.default" for n in found.graph_module.graph.nodes)
+
+
+@pytest.mark.parametrize("spelling", ["", "einsum", "shifted products"])
+def test_a_step_is_one_call_in_every_spelling(spelling: str) -> None:
+    found = rewrite_and_compare(Step(spelling=spelling), inputs(), ["gdn_decode"])
+    assert calls(found, "gdn_decode") == 1
+    rest = {str(n.target) for n in found.graph_module.graph.nodes if n.op == "call_function"}
+    assert rest <= {
+        "aten.linear.default",
+        "aten.slice.Tensor",
+        "aten.unflatten.int",
+        "aten.squeeze.dim",
+        "aten.reshape.default",
+        "fxfuse.gdn_decode.default",
+    }
+
+
+CHANGES = {
+    "the convolution's state stays": "",
+    "no silu": "random values",
+    "heads in another order": "random values",
+    "another epsilon of the l2 norm": "random values",
+    "no softplus": "random values",
+    "twice the rate": "random values",
+    "an intermediate is read": "used by",
+    "half the precision inside": "float16",
+    "the state is read in between": "while it is being written",
+    "the state is written again": "random values",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_not_quite_a_step_stays_as_it_is(change: str) -> None:
+    found = rewrite_and_compare(Step(change), inputs(), ["gdn_decode"])
+    assert calls(found, "gdn_decode") == 0
+    if CHANGES[change]:
+        (miss,) = found.report.misses
+        assert CHANGES[change] in miss.reason and miss.node
+
+
+NH, NKV, D, ROTARY, LENGTH = 4, 2, 8, 4, 12
+
+
+class Prologue(nn.Module):
+    """Attention over a static cache; `change` names the one thing that is not as it should be."""
+
+    def __init__(self, change: str = "", spelling: str = "") -> None:
+        super().__init__()
+        self.change, self.spelling = change, spelling
+        generator = torch.Generator().manual_seed(0)
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.randn(shape, generator=generator), requires_grad=False)
+
+        self.row = parameter(2 * NH * D + 2 * NKV * D, HIDDEN)
+        self.q_norm, self.k_norm = parameter(D), parameter(D)
+
+    def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        one = 0.0 if self.change == "a plain norm" else 1.0
+        if self.spelling:
+            return (one + weight) * (x / torch.sqrt(EPS + (x * x).sum(-1, keepdim=True) / D))
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * (one + weight)
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x[..., :ROTARY], x[..., ROTARY:]
+        first, second = turned.chunk(2, dim=-1)
+        if self.change == "pairs side by side":
+            other = torch.stack([-turned[..., 1::2], turned[..., ::2]], dim=-1).flatten(-2)
+        elif self.change == "turned the other way":
+            other = torch.cat([second, -first], dim=-1)
+        else:
+            other = torch.cat([-second, first], dim=-1)
+        if self.spelling:
+            half = ROTARY // 2
+            c, s = cos[..., :half], sin[..., :half]
+            c2, s2 = cos[..., half:], sin[..., half:]
+            return torch.cat([first * c - second * s, second * c2 + first * s2, rest], dim=-1)
+        return torch.cat([turned * cos + other * sin, rest], dim=-1)
+
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> Any:
+        batch, length = x.shape[:2]
+        query, k, v = F.linear(x, self.row).split([2 * NH * D, NKV * D, NKV * D], dim=-1)
+        q, gate = query.view(batch, length, NH, 2 * D).chunk(2, dim=-1)
+        q = self.normed(q, self.q_norm).transpose(1, 2)
+        k = self.normed(k.view(batch, length, NKV, D), self.k_norm).transpose(1, 2)
+        v = v.view(batch, length, NKV, D).transpose(1, 2)
+        if self.change == "another value":
+            v = v * 2
+        c, s = cos.unsqueeze(1), sin.unsqueeze(1)
+        unrotated = k
+        q, k = self.rotated(q, c, s), self.rotated(k, c, s)
+        if self.change == "the key is written before it is rotated":
+            k = unrotated
+        keys.index_copy_(2, positions, k)
+        values.index_copy_(2, positions, v)
+        out = F.scaled_dot_product_attention(q, keys, values, enable_gqa=True)
+        out = out.transpose(1, 2).reshape(batch, length, -1) * gate.reshape(batch, length, -1).sigmoid()
+        return (out, q) if self.change == "the query is read" else out
+
+
+def attention_inputs(length: int) -> list[Tensor]:
+    torch.manual_seed(1)
+    angles = [torch.randn(1, length, ROTARY) for _ in range(2)]
+    caches = [torch.randn(2, NKV, LENGTH, D) for _ in range(2)]
+    return [torch.randn(2, length, HIDDEN), *angles, *caches, torch.arange(length) + 3]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("spelling", ["", "without rotate_half"])
+def test_a_prologue_is_one_call_with_the_writes_of_its_cache(spelling: str, length: int) -> None:
+    given = attention_inputs(length)
+    passes = ["qk_norm_rope_gate", "sigmoid_gate"]
+    found = rewrite_and_compare(Prologue(spelling=spelling), given, passes)
+    assert calls(found, "qk_norm_rope_gate") == calls(found, "sigmoid_gate_mul") == 1
+    assert not [n for n in found.graph_module.graph.nodes if "index_copy" in str(n.target)]
+    assert not found.report.misses
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("a plain norm", "random values"),
+        ("pairs side by side", "random values"),
+        ("turned the other way", "random values"),
+        ("another value", "random values"),
+        ("the key is written before it is rotated", "random values"),
+    ],
+)
+def test_what_is_not_quite_a_prologue_stays_as_it_is(change: str, reason: str) -> None:
+    found = rewrite_and_compare(Prologue(change), attention_inputs(5), ["qk_norm_rope_gate"])
+    assert calls(found, "qk_norm_rope_gate") == 0
+    assert [reason in miss.reason for miss in found.report.misses] == [True]
+
+
+def test_a_query_that_is_read_elsewhere_too_is_the_one_of_the_call() -> None:
+    found = rewrite_and_compare(Prologue("the query is read"), attention_inputs(5), ["qk_norm_rope_gate"])
+    assert calls(found, "qk_norm_rope_gate") == 1
+
+
+class Repeated(nn.Module):
+    """Attention over keys and values that are repeated for each query head."""
+
+    def __init__(self, repeat: Callable[[Tensor, int], Tensor]) -> None:
+        super().__init__()
+        self.repeat = repeat
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        ratio = q.shape[1] // k.shape[1]
+        keys, values = self.repeat(k, ratio), self.repeat(v, ratio)
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+
+
+def by_expansion(x: Tensor, ratio: int) -> Tensor:
+    batch, heads, length, dim = x.shape
+    return x[:, :, None].expand(batch, heads, ratio, length, dim).reshape(batch, -1, length, dim)
+
+
+@pytest.mark.parametrize(
+    ("repeat", "length", "matches"),
+    [
+        (by_expansion, 1, 1),
+        (lambda x, ratio: x.repeat_interleave(ratio, 1), 1, 1),
+        (lambda x, ratio: x.repeat(1, ratio, 1, 1), 1, 0),
+        (by_expansion, 3, 0),
+    ],
+)
+def test_repeated_keys_of_one_token_are_read_once(repeat: Any, length: int, matches: int) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(2, 6, length, 4), *(torch.randn(2, 3, 5, 4) for _ in range(2))]
+    given.append(torch.rand(2, 1, length, 5) > 0.3)
+    found = rewrite_and_compare(Repeated(repeat), given, ["grouped_query_attention"])
+    assert found.report.matched == matches
