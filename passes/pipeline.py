@@ -44,6 +44,8 @@ class Pass:
     target: str | None = None
 
 
+Passes = str | Sequence[str | Pass]
+
 PASSES: tuple[Pass, ...] = (
     Pass("same_input_linears", same_input_linears.run),
     Pass("gdn_decode", gdn_decode.run, target="cuda"),
@@ -64,20 +66,20 @@ PASSES: tuple[Pass, ...] = (
 )
 
 
-def selected(names: str | Sequence[str], inner: str, target: str = "cpu") -> tuple[Pass, ...]:
-    """The passes of that name in the pipeline's order; "default" is all that suit inner backend and target.
+def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]:
+    """The passes of that name in the pipeline's order, then those given themselves, in theirs.
 
-    Raises OptionError, with the known names, for a name that no pass has.
+    "default" stands for all that suit inner backend and target. Raises OptionError, with the known names, for
+    a name that no pass has.
     """
-    if names == "default":
-        suited = (p for p in PASSES if p.target in (None, target))
-        return tuple(p for p in suited if inner == "inductor" or not p.for_inductor)
     wanted = [names] if isinstance(names, str) else list(names)
     known = {p.name: p for p in PASSES}
-    unknown = [name for name in wanted if name not in known]
+    unknown = [name for name in wanted if isinstance(name, str) and name not in known and name != "default"]
     if unknown:
         raise OptionError(f"unknown pass {unknown[0]!r}: known are 'default', {', '.join(map(repr, known))}")
-    return tuple(p for p in PASSES if p.name in wanted)
+    suited = [p for p in PASSES if p.target in (None, target) and (inner == "inductor" or not p.for_inductor)]
+    chosen = [p for p in PASSES if p.name in wanted or ("default" in wanted and p in suited)]
+    return (*chosen, *(p for p in wanted if isinstance(p, Pass)))
 
 
 def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, Outcome]]:

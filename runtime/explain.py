@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
+from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import backend, leaves
 from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
@@ -24,7 +25,7 @@ def explain(
     model: nn.Module,
     *,
     inputs: Mapping[str, torch.Tensor] | None = None,
-    passes: str | Sequence[str] = "default",
+    passes: Passes = "default",
     weights: str = "auto",
     inner: str = "inductor",
     target: str = "auto",

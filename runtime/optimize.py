@@ -16,6 +16,7 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
+from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import backend, leaves, live_weights
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.options import Options
@@ -56,7 +57,7 @@ _states: WeakKeyDictionary[nn.Module, State] = WeakKeyDictionary()
 def optimize(
     model: nn.Module,
     *,
-    passes: str | Sequence[str] = "default",
+    passes: Passes = "default",
     weights: str = "auto",
     inner: str = "inductor",
     mode: str | None = None,

@@ -21,7 +21,7 @@ class Options:
     """What to rewrite and how to run it; raises OptionError, with what is allowed, for anything else.
 
     Attributes:
-        passes: "default", or the names of the passes to run.
+        passes: "default", or names of passes (one may be "default") and passes of your own, which run last.
         weights: "auto" lays parameters out in shared memory and never copies; "copy" also folds permutations
             of rows into a copy of the weight, which does not see writes that leave no trace on the parameter
             (`p.data.copy_()`, fused optimizers, numpy).
@@ -34,7 +34,7 @@ class Options:
             elsewhere, "log" logs one line, "off" nothing but warnings.
     """
 
-    passes: str | tuple[str, ...] = "default"
+    passes: str | tuple[str | pipeline.Pass, ...] = "default"
     weights: Weights = "auto"
     inner: Inner = "inductor"
     target: Target = "auto"
@@ -50,8 +50,12 @@ class Options:
         for name in ("strict", "verify"):
             _check_choice(name, getattr(self, name), (True, False))
         if not isinstance(self.passes, str):
-            if not isinstance(self.passes, Sequence) or not all(isinstance(p, str) for p in self.passes):
-                raise OptionError(f"passes={self.passes!r}: give 'default' or a sequence of names")
+            own = (str, pipeline.Pass)
+            if not isinstance(self.passes, Sequence) or not all(isinstance(p, own) for p in self.passes):
+                raise OptionError(
+                    f"passes={self.passes!r}: give 'default', or a sequence of names and of "
+                    "fxfuse.passes.pipeline.Pass"
+                )
             chosen = tuple(self.passes)
             object.__setattr__(self, "passes", "default" if chosen == ("default",) else chosen)
         if self.mode not in (None, "default") and self.inner != "inductor":

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from fxfuse.passes import pipeline
+from fxfuse.passes.pipeline import Passes
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
@@ -43,7 +44,7 @@ def rewrite(
     graph_module: nn.Module,
     example_inputs: Sequence[Any],
     *,
-    passes: str | Sequence[str] = "default",
+    passes: Passes = "default",
     weights: str = "auto",
     inner: str = "eager",
     target: str = "auto",

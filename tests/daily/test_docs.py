@@ -1,0 +1,55 @@
+"""Every Python block of the README and of docs/ runs, page by page and in order; links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
+
+# What a reader brings along: a folder with a checkpoint, under the names that the pages use.
+PREPARED = """
+import torch
+checkpoint = folder = {folder!r}
+torch.set_num_threads(1)
+"""
+
+
+def blocks(page: Path) -> list[str]:
+    return FENCE.findall(page.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def checkpoint(make_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_run_in_order(page: Path, checkpoint: Path, tmp_path: Path) -> None:
+    """In a process of its own, as a reader would; the line of an error is that of the page."""
+    text = page.read_text(encoding="utf-8")
+    code = PREPARED.format(folder=str(checkpoint))
+    for block in FENCE.finditer(text):
+        line = text[: block.start(1)].count("\n")
+        source = "\n" * line + block[1]
+        code += f"exec(compile({source!r}, {str(page)!r}, 'exec'))\n"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert found.returncode == 0, found.stderr[-3000:]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_to_files_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
+        assert "://" in target or (page.parent / target).exists(), target
+
+
+def test_the_pass_of_the_how_to_page_is_shorter_than_60_lines() -> None:
+    first = blocks(ROOT / "docs" / "how-to-write-a-pass.md")[0]
+    assert "program.permuted" in first and len(first.splitlines()) < 60
