@@ -47,7 +47,7 @@ define install
 	@touch $(1)/.installed
 endef
 
-.PHONY: help setup demo test test-all test-oldest test-extras test-gpu lint format typecheck bench clean
+.PHONY: help setup demo test test-all test-oldest test-extras test-gpu lint format typecheck docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -93,6 +93,9 @@ format: $(NEEDS)  ## let ruff rewrite what it can
 
 typecheck: $(NEEDS)  ## mypy
 	$(RUN) -m mypy
+
+docs: $(NEEDS)  ## write docs/api.md anew from the docstrings
+	$(RUN) docs/make_api.py
 
 bench: $(NEEDS)  ## list the benchmarks, or run one: ARGS="name and its arguments"
 	$(RUN) -m fxfuse bench $(ARGS)

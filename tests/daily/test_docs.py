@@ -53,3 +53,21 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
 def test_the_pass_of_the_how_to_page_is_shorter_than_60_lines() -> None:
     first = blocks(ROOT / "docs" / "how-to-write-a-pass.md")[0]
     assert "program.permuted" in first and len(first.splitlines()) < 60
+
+
+def test_the_reference_is_what_the_docstrings_say() -> None:
+    """`make docs` writes it anew."""
+    found = subprocess.run(
+        [sys.executable, "-c", "import make_api; print(make_api.page() == make_api.PAGE.read_text('utf-8'))"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT / "docs",
+    )
+    assert found.stdout == "True\n", found.stderr[-2000:] or "docs/api.md is out of date: make docs"
+
+
+def test_the_reference_has_every_public_name() -> None:
+    import fxfuse
+
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert all(f"### `fxfuse.{name}`" in page for name in fxfuse.__all__)
