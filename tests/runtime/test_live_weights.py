@@ -389,11 +389,9 @@ def test_every_parameter_changed_in_any_way_changes_the_answer(
     assert len(running.optimization_report.graphs) == graphs
 
 
-@pytest.mark.parametrize("assign", [False, True])
-def test_weights_a_then_b_then_a_answer_as_a_fresh_model(
-    running: Any, make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor], assign: bool
+def _a_then_b_then_a(
+    running: Any, fresh: list[Any], prompt: Tensor, plain_logits: Callable[..., Tensor], assign: bool
 ) -> None:
-    fresh = [make_model(seed=seed) for seed in (0, 1)]
     got = []
     for source in (fresh[0], fresh[1], fresh[0]):
         pointers = [p.data_ptr() for p in running.parameters()]
@@ -404,6 +402,27 @@ def test_weights_a_then_b_then_a_answer_as_a_fresh_model(
         torch.testing.assert_close(got[-1], plain_logits(source, prompt), atol=1e-5, rtol=1e-4)
     assert torch.equal(got[0], got[2])
     assert (got[0] - got[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_weights_a_then_b_then_a_answer_as_a_fresh_model(
+    running: Any, make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor], assign: bool
+) -> None:
+    fresh = [make_model(seed=seed) for seed in (0, 1)]
+    _a_then_b_then_a(running, fresh, prompt, plain_logits, assign)
+
+
+@pytest.mark.inductor
+def test_weights_a_then_b_then_a_through_inductor(
+    make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor]
+) -> None:
+    """The least of the slow tests above, for every run."""
+    layers = ("full_attention",)
+    model = make_model(layers=layers).optimize()
+    for assign in (False, True):
+        fresh = [make_model(layers=layers, seed=seed) for seed in (0, 1)]
+        _a_then_b_then_a(model, fresh, prompt, plain_logits, assign)
+    assert len(model.optimization_report.graphs) == 1
 
 
 def test_a_state_dict_taken_before_keeps_its_values(running: Any, make_model: Make, prompt: Tensor) -> None:
