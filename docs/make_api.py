@@ -36,6 +36,7 @@ SECTIONS: dict[str, list[str]] = {
         "PlanError",
         "VerificationError",
         "OptionError",
+        "ShapeError",
     ],
 }
 DETAILS = [Options, Measurement, GraphRecord, Row]

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import silu, wide
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
@@ -185,7 +186,7 @@ def _check(
     if seq_idx is not None and seq_idx.shape != (batch, length):
         problems.append(f"seq_idx {tuple(seq_idx.shape)} is not [B, T]")
     if problems:
-        raise ValueError(f"causal_conv1d with x [B, C, T] {tuple(x.shape)}: {'; '.join(problems)}")
+        raise ShapeError(f"causal_conv1d with x [B, C, T] {tuple(x.shape)}: {'; '.join(problems)}")
 
 
 @torch.library.custom_op("fxfuse::causal_conv1d", mutates_args=())

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import silu, wide
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
@@ -160,7 +161,7 @@ def _check(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -
     if bias is not None and bias.shape != (channels,):
         problems.append(f"bias {tuple(bias.shape)} is not [C]")
     if problems:
-        raise ValueError(f"causal_conv1d_update with x [B, C, T] {tuple(x.shape)}: {'; '.join(problems)}")
+        raise ShapeError(f"causal_conv1d_update with x [B, C, T] {tuple(x.shape)}: {'; '.join(problems)}")
 
 
 @torch.library.custom_op("fxfuse::causal_conv1d_update", mutates_args=("conv_state",))

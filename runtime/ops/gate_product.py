@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops.activations import row_offset, sigmoid
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
 
@@ -80,4 +81,4 @@ def launch(x: Tensor, gate: Tensor, silu: bool, dtype: torch.dtype) -> Tensor:
 def check(name: str, x: Tensor, gate: Tensor) -> None:
     """Raise where the shapes differ: the kernel would read past the end of one of them."""
     if x.shape != gate.shape:
-        raise ValueError(f"{name} takes tensors of one shape, not {tuple(x.shape)} and {tuple(gate.shape)}")
+        raise ShapeError(f"{name} takes tensors of one shape, not {tuple(x.shape)} and {tuple(gate.shape)}")

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset, silu, wide
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
@@ -109,7 +110,7 @@ def launch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def _check(x: Tensor, gate: Tensor, weight: Tensor) -> None:
     if gate.shape != x.shape or weight.shape != x.shape[-1:]:
-        raise ValueError(
+        raise ShapeError(
             "gated_rms_norm takes x and gate [..., D] and weight [D], "
             f"not {tuple(x.shape)}, {tuple(gate.shape)}, {tuple(weight.shape)}"
         )

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import (
     causal_conv1d_update,
     gated_rms_norm,
@@ -424,7 +425,7 @@ def _check(
     if conv_state.shape[-1] < conv_weight.shape[-1]:
         wrong.append(f"conv_state has {conv_state.shape[-1]} columns, not {conv_weight.shape[-1]} or more")
     if wrong:
-        raise ValueError(f"gdn_decode with value {tuple(parts.value.shape)}: {'; '.join(wrong)}")
+        raise ShapeError(f"gdn_decode with value {tuple(parts.value.shape)}: {'; '.join(wrong)}")
 
 
 @torch.library.custom_op("fxfuse::gdn_decode", mutates_args=("conv_state", "state"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import wide
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
@@ -393,13 +394,13 @@ def _check(
     if positions.numel() not in (1, length):
         wrong.append(f"{positions.numel()} positions: one for each of {length} tokens, or the first alone")
     if wrong:
-        raise ValueError(f"{name} with query {tuple(query.shape)}: {'; '.join(wrong)}")
+        raise ShapeError(f"{name} with query {tuple(query.shape)}: {'; '.join(wrong)}")
 
 
 def _check_halves(query_gate: Tensor, *given: Tensor) -> None:
     twice = query_gate.shape[-1]
     if twice % 2:
-        raise ValueError(f"qk_norm_rope_gate: heads of {twice} features have no query and gate of one size")
+        raise ShapeError(f"qk_norm_rope_gate: heads of {twice} features have no query and gate of one size")
     _check("qk_norm_rope_gate", query_gate[..., : twice // 2], *given)
 
 

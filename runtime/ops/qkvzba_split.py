@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.gdn_decode import views_of_row
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel
@@ -147,12 +148,12 @@ def _empty(
 
 def _check(qkvz: Tensor, ba: Tensor, key_heads: int, value_heads: int, dk: int, dv: int) -> None:
     if value_heads % key_heads or qkvz.shape[-1] != 2 * key_heads * dk + 2 * value_heads * dv:
-        raise ValueError(
+        raise ShapeError(
             f"qkvzba_split: {qkvz.shape[-1]} features are not q, k, v and z of {key_heads} key heads of {dk} "
             f"and {value_heads} value heads of {dv}"
         )
     if ba.shape != (*qkvz.shape[:-1], 2 * value_heads):
-        raise ValueError(f"qkvzba_split: ba {tuple(ba.shape)} is not b and a of {value_heads} heads")
+        raise ShapeError(f"qkvzba_split: ba {tuple(ba.shape)} is not b and a of {value_heads} heads")
 
 
 @torch.library.custom_op("fxfuse::qkvzba_split", mutates_args=())

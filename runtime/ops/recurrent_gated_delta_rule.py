@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import wide
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
@@ -195,7 +196,7 @@ def check(
         or state.shape != (batch, heads, dk, dv)
     ):
         shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, g, beta, state))
-        raise ValueError(
+        raise ShapeError(
             f"{name} takes query and key [B, T, Hk, dk], value [B, T, HV, dv] with HV a multiple of Hk, "
             f"g and beta [B, T, HV] and a state [B, HV, dk, dv], not {shapes}"
         )

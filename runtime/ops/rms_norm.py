@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset, wide
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
@@ -147,7 +148,7 @@ def add_launch(
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, residual) if t is not None)
-        raise ValueError(
+        raise ShapeError(
             f"rms_norm takes x [..., H], weight [H] and a residual of the shape of x, not {shapes}"
         )
 

@@ -14,6 +14,7 @@ from fxfuse.errors import (
     FxfuseError,
     OptionError,
     PlanError,
+    ShapeError,
     UnsupportedModelError,
     VerificationError,
 )
@@ -54,6 +55,7 @@ __all__ = [
     "PlanError",
     "Report",
     "Rewritten",
+    "ShapeError",
     "UnsupportedModelError",
     "VerificationError",
     "WeightPlan",

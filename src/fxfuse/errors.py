@@ -25,6 +25,10 @@ class OptionError(FxfuseError, ValueError):
     """An option or pass name is unknown, or its value is not allowed."""
 
 
+class ShapeError(FxfuseError, ValueError):
+    """An operator was given tensors whose shapes or dtypes do not fit each other."""
+
+
 def raised_on_purpose(error: BaseException | None) -> FxfuseError | None:
     """The exception of ours that another (such as Dynamo's) was raised around, if there is one."""
     while error is not None and not isinstance(error, FxfuseError):
