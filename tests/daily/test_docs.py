@@ -50,6 +50,18 @@ def test_links_to_files_lead_somewhere(page: Path) -> None:
         assert "://" in target or (page.parent / target).exists(), target
 
 
+@pytest.mark.slow
+def test_the_example_generates_the_same_tokens_and_writes_its_page(checkpoint: Path, tmp_path: Path) -> None:
+    script, page = ROOT / "examples" / "generate.py", tmp_path / "report.html"
+    found = subprocess.run(
+        [sys.executable, str(script), str(checkpoint), "--inner", "eager", "--html", str(page)],
+        capture_output=True,
+        text=True,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert "the same tokens: True" in found.stdout and "ms a call" in found.stdout and page.is_file()
+
+
 def test_the_pass_of_the_how_to_page_is_shorter_than_60_lines() -> None:
     first = blocks(ROOT / "docs" / "how-to-write-a-pass.md")[0]
     assert "program.permuted" in first and len(first.splitlines()) < 60
