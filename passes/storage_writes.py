@@ -16,7 +16,9 @@ from fxfuse.patterns import ops
 def storage_of(node: Node) -> int | None:
     """An identity shared by exactly the nodes whose values share memory; None for what is not one tensor."""
     value = node.meta.get("val")
-    return value.untyped_storage()._cdata if isinstance(value, torch.Tensor) else None
+    if not isinstance(value, torch.Tensor) or torch._C._functorch.is_batchedtensor(value):
+        return None  # inside vmap there is no storage to ask for
+    return value.untyped_storage()._cdata
 
 
 def same_memory(node: Node, other: Node) -> bool:
@@ -25,7 +27,8 @@ def same_memory(node: Node, other: Node) -> bool:
     return (
         isinstance(a, torch.Tensor)
         and isinstance(b, torch.Tensor)
-        and a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        and storage_of(node) is not None
+        and storage_of(node) == storage_of(other)
         and a.dtype == b.dtype
         and a.requires_grad == b.requires_grad
         and equal_sizes(a.shape, b.shape)

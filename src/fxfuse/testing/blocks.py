@@ -83,6 +83,8 @@ def _draw_projections(rng: random.Random) -> Sizes:
 
 
 def _write_projections(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    if sizes["unit"] == 5 and not s.dynamic:  # a matrix of rows, as mixtures of experts have it
+        x = s.reshape(x, sizes["batch"] * sizes["length"], sizes["hidden"])
     widths = [sizes["unit"] * (n + 1) for n in range(sizes["count"])]
     order = list(range(sizes["count"]))
     if not s.plain:

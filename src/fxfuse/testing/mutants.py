@@ -38,14 +38,16 @@ class _Impossible(Exception):
     """Nothing in this graph can be changed so."""
 
 
-def near_miss(module: GraphModule, inputs: Sequence[Tensor], rng: random.Random) -> Mutant:
-    """One change of the graph that leaves it able to run; the module given is not touched.
+def near_miss(
+    module: GraphModule, inputs: Sequence[Tensor], rng: random.Random, kinds: Sequence[str] = ()
+) -> Mutant:
+    """One change of the graph that leaves it able to run, of one of these kinds; the module stays as it is.
 
     Raises:
         ValueError: no change was found that the graph survives.
     """
     values = _values(module, inputs)
-    kinds = list(CHANGES)
+    kinds = list(kinds or CHANGES)
     rng.shuffle(kinds)
     for kind in [kind for kind in kinds for _ in range(ATTEMPTS)]:
         mutant = copy.deepcopy(module)
@@ -270,8 +272,10 @@ def _other_dtype(module: GraphModule, values: Values, rng: random.Random) -> str
     return f"{node.name} goes through {there}"
 
 
-def _linears(module: GraphModule) -> list[nn.Linear]:
-    return [m for m in module.modules() if isinstance(m, nn.Linear)]
+def _with_weights(module: GraphModule) -> list[nn.Module]:
+    """Modules with a matrix as their weight; those that are read, but never called, are no nn.Linear here."""
+    weights = [(m, getattr(m, "weight", None)) for m in module.modules()]
+    return [m for m, weight in weights if isinstance(weight, nn.Parameter) and weight.dim() == 2]
 
 
 def _one_bias(module: GraphModule, values: Values, rng: random.Random) -> str:
@@ -285,9 +289,9 @@ def _one_bias(module: GraphModule, values: Values, rng: random.Random) -> str:
 
 def _tied(module: GraphModule, values: Values, rng: random.Random) -> str:
     """Two linears have one weight, or weights in overlapping memory."""
-    linears = _linears(module)
-    pairs = [(a, b) for a in linears for b in linears if a is not b and a.in_features == b.in_features]
-    a, b = _some(rng, [(a, b) for a, b in pairs if len(a.weight) >= len(b.weight)])
+    owners: list[Any] = list(_with_weights(module))
+    pairs = [(a, b) for a in owners for b in owners if a is not b and len(a.weight) >= len(b.weight)]
+    a, b = _some(rng, [(a, b) for a, b in pairs if a.weight.shape[1] == b.weight.shape[1]])
     if a.weight.shape == b.weight.shape and rng.random() < 0.5:
         b.weight = a.weight
         return "two linears have one weight"

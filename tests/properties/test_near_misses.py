@@ -1,0 +1,52 @@
+"""One change to a graph that matches: rewriting it still changes no bit, or does not take place."""
+
+import contextlib
+import random
+
+import pytest
+import torch
+from near_misses import ALL, run
+from spelled_blocks import spelled
+
+from fxfuse.testing.blocks import BLOCKS
+from fxfuse.testing.mutants import CHANGES, near_miss
+
+
+def test_a_sample_of_near_misses_stays_right() -> None:
+    tally = run(range(60))
+    assert tally.wrong == [], "\n".join(tally.wrong)
+    assert not tally.undone
+    assert tally.through_dynamo == 6
+    assert tally.still_matched > 20  # most changes are beside the point: the pass has to see that
+
+
+def test_without_passes_no_mutant_is_matched() -> None:
+    assert run(range(1, 9), passes=()).still_matched == 0
+    assert run(range(1, 9), passes=ALL).still_matched > 0
+
+
+@pytest.mark.parametrize("kind", CHANGES)
+def test_every_change_can_be_drawn(kind: str) -> None:
+    for seed in range(100):
+        module, inputs, _, _ = spelled(BLOCKS[("projections", "interleaved_heads")[seed % 2]], seed)
+        with contextlib.suppress(ValueError):
+            assert near_miss(module, inputs, random.Random(seed), [kind]).kind == kind
+            return
+    pytest.fail(f"no graph could be changed so: {kind}")
+
+
+def test_a_mutant_leaves_the_original_alone() -> None:
+    module, inputs, _, _ = spelled(BLOCKS["projections"], 3)
+    before, code = [y.clone() for y in module(*inputs)], module.code
+    for seed in range(20):
+        near_miss(module, inputs, random.Random(seed))
+    assert module.code == code
+    assert all(map(torch.equal, before, module(*inputs)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_two_thousand_near_misses_stay_right() -> None:
+    tally = run(range(10_000, 12_000))
+    assert tally.wrong == [], "\n".join(tally.wrong)
+    assert not tally.undone
