@@ -1,0 +1,371 @@
+"""Bugs that peers had, and the test that shows what becomes of each here.
+
+    python tests/upstream/cases.py      writes docs/upstream-cases.md
+
+A row: references, what went wrong, and the tests ("path::name", from tests/), or in words why there is none.
+"""
+
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "upstream-cases.md"
+
+HERE = "upstream/test_graph_rewriting.py::test_"
+LIVE = "runtime/test_live_weights.py::test_"
+PLAN = "passes/weights/test_plan.py::test_"
+SCALES = "runtime/layouts/test_scales.py::test_"
+FP8 = "runtime/layouts/test_fp8_sources.py::test_"
+OPS = "runtime/ops/"
+LOAD = "runtime/test_load.py::test_"
+CONVERT = "runtime/test_convert.py::test_"
+SAVING = "runtime/test_saving.py::test_"
+
+Row = tuple[str, str, str]
+
+GRAPHS: tuple[Row, ...] = (
+    (
+        "pytorch#99686",
+        "split and cat removed though the order differed",
+        HERE + "pytorch_99686_a_permuted_cat_is_no_identity",
+    ),
+    (
+        "pytorch#122379",
+        "partial and repeated parts of a split",
+        HERE + "pytorch_122379_some_parts_of_a_split_and_one_twice",
+    ),
+    ("pytorch#197080", "a split that does not divide", HERE + "pytorch_197080_a_split_that_does_not_divide"),
+    (
+        "pytorch#178676",
+        "reshape(-1) in a split-cat chain",
+        HERE + "pytorch_178676_a_size_of_minus_one_in_a_chain_of_varying_length",
+    ),
+    ("pytorch#174361", "the scale of SDPA ignored", HERE + "pytorch_174361_the_scale_of_attention_is_kept"),
+    (
+        "pytorch#111190",
+        "no match under dynamic shapes",
+        HERE + "pytorch_111190_as_many_matches_with_varying_sizes",
+    ),
+    (
+        "pytorch#136329",
+        "another pass came first",
+        HERE + "pytorch_136329_products_and_sums_match_in_any_order_of_passes",
+    ),
+    (
+        "pytorch#101124, #130584",
+        "a match across a mutation",
+        HERE + "pytorch_101124_a_write_between_two_linears_parts_them",
+    ),
+    (
+        "pytorch#132932",
+        "a mutating replacement, then a second pass",
+        HERE + "pytorch_132932_a_second_run_sees_the_writes_of_the_first",
+    ),
+    (
+        "torch 2.13 setitem",
+        "setitem is not seen as a mutation",
+        HERE + "pytorch_101124_a_write_between_two_linears_parts_them",
+    ),
+    ("pytorch#159613", "cat of cat gives an invalid graph", HERE + "pytorch_159613_a_cat_of_cats"),
+    (
+        "onnxscript#2880",
+        "a match that differs from run to run",
+        HERE + "onnxscript_2880_a_hundred_runs_give_one_graph",
+    ),
+    ("onnxscript#2841", "negative literals fused", HERE + "onnxscript_2841_signs_of_literals"),
+    ("onnxscript#2402", "partial rotary", HERE + "onnxscript_2402_a_rotation_of_a_quarter"),
+    (
+        "vllm#48671",
+        "head geometry of the first layer taken for all",
+        HERE + "vllm_48671_two_layers_of_different_heads_each_by_its_own",
+    ),
+    (
+        "vllm#48330",
+        "a norm of mixed dtypes matched",
+        HERE + "vllm_48330_a_norm_in_two_dtypes_keeps_its_arithmetic",
+    ),
+    (
+        "vllm#41972",
+        "a fresh buffer read before it was written",
+        OPS + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
+    ),
+    ("Liger#74", "RMSNorm without the 1.0", HERE + "liger_74_a_weight_of_zero_passes_the_signal"),
+    (
+        "NeMo-Automodel#2484",
+        "A_log must stay fp32",
+        "runtime/test_plan.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+    ),
+    (
+        "vllm#41457",
+        "uniform quantisation judged across layers",
+        "runtime/test_plan.py::test_a_group_of_two_dtypes_stays_as_it_is",
+    ),
+    ("vllm#47445", "bf16 in_proj_ba taken for FP8", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "vllm#34697",
+        "sizes of one family used for another",
+        "passes/test_families.py::test_every_family_gives_the_plan_that_names_alone_give",
+    ),
+    (
+        "ROCm/ATOM#782",
+        "a fused tensor dropped by the loader",
+        PLAN + "a_plan_that_is_no_bijection_is_refused",
+    ),
+    ("vllm#42803", "rows of q moved into k", PLAN + "inverse_gives_every_bit_back"),
+    (
+        "llmman#16, hyprstream#1547",
+        "q and gate split flat, not by head",
+        PLAN + "interleaving_per_head_is_reshape_and_cat",
+    ),
+    (
+        "TensorRT-LLM#4674",
+        "fused and unfused weights both in memory",
+        LIVE + "packing_needs_at_most_one_layer_on_top_and_leaves_nothing_behind",
+    ),
+    (
+        "pytorch#103990",
+        "frozen weights cannot be updated",
+        HERE + "pytorch_103990_weights_may_be_exchanged_and_exchanged_back",
+    ),
+    (
+        "sglang#30761",
+        "a derived tensor folded as a constant",
+        HERE + "sglang_30761_what_is_derived_is_a_parameter_of_the_result",
+    ),
+    (
+        "vllm#48941, #40390, vllm-ascend#13902, #7473",
+        "a derived weight reallocated",
+        LIVE + "packing_again_goes_into_the_same_memory_where_nobody_else_sees_it",
+    ),
+    (
+        "vllm#32710, sglang#23584, TensorRT-LLM#14535",
+        "strided views into operators that need dense ones",
+        HERE + "vllm_32710_strided_parts_are_what_the_next_operator_needs",
+    ),
+    (
+        "vllm-omni#4262",
+        "views take SDPA off its fast path",
+        "not shown: no test looks at the strides of SDPA's inputs",
+    ),
+    (
+        "pytorch#130243, #147828, #186850",
+        "strides changed at custom operators",
+        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+    ),
+    (
+        "Rapid-MLX#2159",
+        "equal only for few rows",
+        HERE + "rapid_mlx_2159_integers_are_equal_for_every_number_of_rows",
+    ),
+    ("vllm#36329", "few outputs break a kernel", HERE + "vllm_36329_few_outputs"),
+    ("pytorch#168373", "a fresh backend for each compile", HERE + "pytorch_168373_one_backend_object"),
+    (
+        "Liger#1470",
+        "some norms missed on existing instances",
+        "passes/test_families.py::test_0_8b_has_18_gdn_24_mlp_and_6_attention_merges_in_prefill_and_decode",
+    ),
+)
+
+MODELS: tuple[Row, ...] = (
+    (
+        "sglang#23051, #23062",
+        "one scale for a merged tensor",
+        SCALES + "merged_weights_and_scales_are_the_parts",
+    ),
+    (
+        "sglang#21662, #21313",
+        "a parameter's loader has no setter",
+        "impossible here: plans are data, no parameter has a loader; "
+        + PLAN
+        + "inverse_is_an_involution_and_json_round_trips",
+    ),
+    ("sglang#21698", "incomplete scale overrides", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "sglang#18926",
+        "block scales of merged projections, mtp prefix",
+        SCALES + "merged_weights_and_scales_are_the_parts",
+    ),
+    (
+        "sglang#35719, #38878, #35797",
+        "mtp and shared experts dropped",
+        "runtime/test_plan.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+    ),
+    ("sglang#21347, rtp-llm#799", "tied embeddings", LOAD + "a_tied_head_is_there_under_either_name"),
+    (
+        "sglang#23474",
+        "offloaded and aliased weights",
+        "daily/test_life.py::test_offloaded_weights_stay_where_they_are_with_the_reason",
+    ),
+    (
+        "vllm#37444, #37448",
+        "a quantised linear has no weight",
+        "daily/test_models.py::test_quantised_linears_stay_with_a_reason_and_what_is_beside_them_is_merged",
+    ),
+    (
+        "vllm#35924",
+        "few columns under tensor parallelism",
+        "runtime/layouts/test_tensor_parallel.py::test_rows_and_columns_that_do_not_divide_are_refused",
+    ),
+    (
+        "vllm#35287, #48814",
+        "quantisation formats",
+        "runtime/test_plan.py::test_quantised_weights_are_refused_by_format",
+    ),
+    ("vllm#51836, ms-swift#9412, #9972", "fp32 A_log lost", LOAD + "dtypes_of_the_model_and_strides_stay"),
+    ("vllm#52013", "mtp.lm_head renamed", "not shown: mtp.* keeps its names, but no test has mtp.lm_head"),
+    ("vllm#41384", "PEFT target_parameters dropped", "daily/test_adapters.py::test_adapters_before_optimize"),
+    ("transformers#48349", "a prefix that does not match", PLAN + "bind_follows_the_decoders_prefix"),
+    (
+        "transformers#44230, #43154",
+        "FP8 experts",
+        FP8 + "experts_of_a_stack_in_fp8_come_apart_with_their_scales",
+    ),
+    (
+        "transformers#40968",
+        "mtp lost on saving",
+        CONVERT + "there_and_back_is_byte_equal_and_there_is_the_plan_applied",
+    ),
+    ("ktransformers#1996", "FP8 shapes", FP8 + "scales_that_do_not_divide_are_refused"),
+    ("ktransformers#1928", "GPTQ", "runtime/test_plan.py::test_quantised_weights_are_refused_by_format"),
+    (
+        "ModelOpt#1323, #1340, #1382, #1411, #1421, #2011, #2334",
+        "scales of fused experts",
+        FP8 + "gate_and_up_share_the_one_scale_of_their_expert",
+    ),
+    (
+        "GPTQModel#2694",
+        "a prefix mismatch leaves experts random",
+        LOAD + "every_fault_is_listed_and_the_model_is_unchanged",
+    ),
+    (
+        "FastDeploy#7057, #7410",
+        "shards of q and gate, the transpose flag",
+        "runtime/layouts/test_fastdeploy.py::test_each_shard_is_turned_by_its_own_layout_alone",
+    ),
+    (
+        "mlx-vlm#815, #816, torchtitan#4373",
+        "fused and single experts",
+        "runtime/layouts/test_experts.py::test_a_stack_comes_apart_and_together",
+    ),
+    ("tokenspeed#766", "FP8 with a fused ba", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "1Cat-vLLM#428",
+        "bitsandbytes shapes",
+        "runtime/test_plan.py::test_quantised_weights_are_refused_by_format",
+    ),
+    ("prime-rl#2166", "one row cannot be quantised by blocks", SCALES + "a_table_of_one_block_is_a_table"),
+    (
+        "sglang#22312",
+        "b and a as strided views",
+        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+    ),
+    (
+        "sglang#20741, #19961",
+        "A_log in bf16",
+        OPS
+        + "test_gdn_gates.py::test_they_are_those_of_transformers_and_the_switch_rounds_beta_as_eager_does",
+    ),
+    (
+        "sglang#38975, #38977, #40362, vllm#53877, #51779, #51797",
+        "beta rounded, or not",
+        OPS + "test_gdn_decode.py::test_the_switch_rounds_the_rate_as_eager_does",
+    ),
+    (
+        "sglang#13081, vllm#28182, vllm-ascend#3571",
+        "NaN in padded rows",
+        OPS + "test_gated_delta_rule.py::test_tokens_of_zeros_on_the_left_leave_what_follows_as_it_is",
+    ),
+    (
+        "vllm#54146, #54308, #52568",
+        "fp16 overflow",
+        OPS + "test_gated_delta_rule.py::test_zero_keys_extreme_decays_and_large_values_give_numbers",
+    ),
+    (
+        "vllm#51305, #51370",
+        "fp32 inputs of chunk kernels",
+        OPS + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers",
+    ),
+    ("sglang#19070", "precision under tensor parallelism", "not shown: nothing here runs on several devices"),
+    (
+        "vllm#36872",
+        "speculative decoding",
+        "daily/test_generate.py::test_assisted_decoding_with_both_models_optimised_and_with_lookup",
+    ),
+    (
+        "sglang#34421, #34307",
+        "ratios 3 and 8",
+        "passes/test_layout_chains.py::test_a_grouped_projection_is_rewritten_bit_for_bit",
+    ),
+    ("FLA#913, #607", "faults of kernels on one device", "not shown: needs that device"),
+    (
+        "transformers#46851, #46859",
+        "packed documents leak",
+        OPS + "test_causal_conv1d.py::test_packed_sequences_give_what_each_gives_alone",
+    ),
+    (
+        "transformers#46773",
+        "the padding mask skipped at batch 1",
+        "daily/test_generate.py::test_prompts_of_several_lengths_padded_on_the_left",
+    ),
+    (
+        "transformers#46441",
+        "static cache without linear attention",
+        "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
+    ),
+    (
+        "FLA#52",
+        "wrong under torch.compile",
+        OPS + "test_gated_delta_rule.py::test_the_operator_keeps_torchs_rules",
+    ),
+    (
+        "axolotl#3734",
+        "a graph break in the GDN loop",
+        "passes/test_families.py::test_0_8b_leaves_nothing_unexplained",
+    ),
+    (
+        "unsloth#6850, #5434, #4688, #5345, peft#3009",
+        "optional kernels gate features",
+        OPS + "test_interpreter.py::test_the_operators_import_without_triton_and_do_not_import_it",
+    ),
+    ("ms-swift#9325", "an export too small", CONVERT + "progress_counts_every_byte_once"),
+)
+
+
+def nodes(where: str) -> list[str]:
+    """The tests that a row names."""
+    return [word for word in where.split() if "::" in word]
+
+
+def state(where: str) -> str:
+    return (
+        "not shown"
+        if where.startswith("not shown")
+        else "impossible"
+        if where.startswith("impossible")
+        else "tested"
+    )
+
+
+def page() -> str:
+    rows = (*GRAPHS, *MODELS)
+    counts = {
+        name: sum(state(where) == name for *_, where in rows)
+        for name in ("tested", "impossible", "not shown")
+    }
+    lines = [
+        "# Bugs that peers had",
+        "",
+        "Each row is a bug of another project and the test here that would fail if we had it. Written by",
+        "`python tests/upstream/cases.py` from the list in that file.",
+        "",
+        f"{len(rows)} rows: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".",
+    ]
+    for title, group in (("Graph rewriting", GRAPHS), ("Loading, numerics, padding, caches", MODELS)):
+        lines += ["", f"## {title}", "", "| source | what went wrong | state | test |", "|---|---|---|---|"]
+        lines += [
+            f"| {ref} | {what} | {state(where)} | {where.replace('::', ' ')} |" for ref, what, where in group
+        ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
