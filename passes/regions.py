@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of, written_by
 from fxfuse.patterns.matcher import is_cast
 
 
@@ -72,6 +73,16 @@ class Refused(Exception):
         self.node, self.reason = node, reason
 
 
+def is_contiguous(value: Any) -> bool:
+    """Without asking the shape environment for a guard, as the method of symbolic tensors would."""
+    expected: Any = 1
+    for size, stride in zip(value.shape[::-1], value.stride()[::-1], strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
 class Guards:
     """Reasons to leave a region of one program alone."""
 
@@ -79,6 +90,7 @@ class Guards:
         self.writes = StorageWrites(program.graph)
         self.modes = modes(program.graph, program.grad_enabled)
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
+        self.fixed = layout_matters(program.graph)
 
     def reason(
         self,
@@ -90,7 +102,7 @@ class Guards:
         """The node that decides, and why; None where the region may be replaced by one call at its end.
 
         Args:
-            outputs: nodes of the region that may be used outside.
+            outputs: nodes of the region that may be used outside; what replaces them is contiguous.
             dtypes: floating dtypes that values inside may have.
             states: inputs that the region writes, and the call that replaces it.
         """
@@ -105,6 +117,11 @@ class Guards:
             value = node.meta.get("val")
             if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes:
                 return node, f"{node.name} is {value.dtype}, which the computation is not rounded to"
+        written = {storage_of(state) for state in states}
+        for node in outputs:
+            storage, value = storage_of(node), node.meta.get("val")
+            if storage in self.fixed and storage not in written and not is_contiguous(value):
+                return node, f"{node.name} leaves the graph, or its strides are read"
         return self._disturbed(region, states)
 
     def _disturbed(self, region: Sequence[Node], states: Collection[Node]) -> tuple[Node, str] | None:

@@ -176,6 +176,16 @@ def test_what_stays_is_reported_with_its_node_and_the_reason(function: Spelling,
     assert any(reason in miss.reason and miss.node for miss in report.misses)
 
 
+def test_a_result_that_leaves_the_graph_keeps_its_strides() -> None:
+    def function(x: Tensor, w: Tensor) -> Tensor:
+        return norm(x.transpose(0, 1)) * (1 + w)
+
+    found = rewrite_and_compare(function, inputs_of(1))
+    assert calls(found) == []
+    reasons = {miss.reason.partition(" ")[2] for miss in found.report.misses}
+    assert reasons == {"leaves the graph, or its strides are read"}
+
+
 def test_a_sum_that_is_read_before_its_norm_stays_a_sum() -> None:
     def function(x: Tensor, y: Tensor, w: Tensor) -> Any:
         total = x + y
