@@ -143,7 +143,7 @@ def _boxes(program: Program, paths: Mapping[Node, str], unit: str, others: set[s
     outside: dict[str, Box] = {}
     for node in drawn:
         for source in _sources(node, drawn):
-            if source not in drawn and not _is_weight(program, source) and _is_tensor(source):
+            if source not in drawn and not _is_weight(program, source) and _has_tensors(source):
                 outside.setdefault(source.name, Box(source.name, _short(source), "", (), outside=True))
     leaving = [
         Box(f"to_{user.name}", _short(user), "", (node.name,), outside=True)
@@ -163,8 +163,9 @@ def _is_drawn(node: Node, others: set[str]) -> bool:
     return node.name not in others and _short(node) in ("cat", "gather_features")
 
 
-def _is_tensor(node: Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor) and node.meta["val"].dim() > 0
+def _has_tensors(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, (tuple, list)) or (isinstance(value, torch.Tensor) and value.dim() > 0)
 
 
 def _is_weight(program: Program, node: Node) -> bool:

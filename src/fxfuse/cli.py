@@ -31,6 +31,14 @@ class _Commands(TyperGroup):
             raise typer.Exit(2) from error
 
 
+class Target(StrEnum):
+    """The kinds of device that graphs are lowered for."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
 class Size(StrEnum):
     """Checkpoints with random weights that the demo can write."""
 

@@ -166,6 +166,14 @@ def test_what_a_rewrite_replaced_is_marked_on_both_sides(page: tuple[fxfuse.Repo
     assert len(page[1].of("g", "changed")) >= 2 * (4 + 1 + 3 + 1 + 2 + 1)
 
 
+def test_what_a_block_reads_is_drawn_also_where_a_fused_call_gives_several_results(make_model: Make) -> None:
+    report = fxfuse.explain(make_model(layers=("full_attention",)), target="cuda")
+    after = {p.block: p for p in report.graphs[0].pictures}["model.layers.*.mlp"].after
+    drawn = {box.name: box for box in after}
+    first = next(box for box in after if box.changed)
+    assert [drawn[name].operator for name in first.inputs] == ["add_rms_norm"]
+
+
 def test_names_from_the_model_cannot_break_the_page(tmp_path: Path) -> None:
     report = fxfuse.explain(Gated(), inputs={"x": torch.randn(2, 8)}, inner="eager")
     report.note("<script>alert('&')</script>")
