@@ -7,8 +7,6 @@ time per token beside eager and torch.compile in the same run, and the same weig
 
 import functools
 import gc
-import json
-import math
 import os
 import statistics
 import sys
@@ -16,26 +14,34 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
-from transformers.generation.streamers import BaseStreamer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from fxfuse.errors import CheckpointError
+from fxfuse.runtime.demonstration import (
+    COMPILE,
+    EAGER,
+    FXFUSE,
+    Demonstration,
+    Timing,
+    differing_tensors,
+    equal_prefix,
+    pays_after,
+    rms_error,
+)
+from fxfuse.runtime.demonstration_text import show
+from fxfuse.runtime.generation import Generated, TokenClock, generate
 from fxfuse.runtime.random_checkpoint import random_checkpoint
 from fxfuse.testing.oracles import default_slack
 
-__all__ = ["Demonstration", "Timing", "run"]
-
-EAGER, COMPILE, FXFUSE = "eager", "torch.compile", "fxfuse"
+__all__ = ["run"]
 
 _PROMPT_TOKENS = 48
 _ROUNDS = 2
@@ -44,75 +50,6 @@ _TEXT = (
     "decays by a gate, forgets what it held for the current key, and stores the new value in its place. "
     "Explain why "
 )
-
-
-@dataclass
-class Timing:
-    """Times of one way to run the model: medians of steady calls, and what the first call took longer."""
-
-    name: str
-    seconds_per_token: float
-    prompt_seconds: float
-    compile_seconds: float
-    pays_after_tokens: int | None = None
-
-
-@dataclass
-class Demonstration:
-    """What one run found. `differences` is empty exactly when everything that must be equal is."""
-
-    checkpoint: str
-    model: str
-    device: str
-    prompt_tokens: int
-    new_tokens: int
-    equal_tokens: int = 0
-    distinct_tokens: int = 0
-    eager_error: float = math.nan
-    fxfuse_error: float = math.nan
-    error_limit: float = math.nan
-    weights_changed: list[str] = field(default_factory=list)
-    calls: dict[str, int] = field(default_factory=dict)
-    timings: dict[str, Timing] = field(default_factory=dict)
-    not_timed: dict[str, str] = field(default_factory=dict)
-    load_before: float = 0.0
-    report: Any = None
-
-    @property
-    def differences(self) -> list[str]:
-        """Each thing that differs from what it must be, in words."""
-        found = []
-        if self.equal_tokens < self.new_tokens:
-            found.append(f"fp32: {self.equal_tokens} of {self.new_tokens} tokens equal")
-        if not self.fxfuse_error <= self.error_limit * self.eager_error:
-            found.append(f"bf16: error above {self.error_limit} times eager's own")
-        found += [f"{dtype}: the compiled callable never ran" for dtype, n in self.calls.items() if not n]
-        if self.weights_changed:
-            first = ", ".join(self.weights_changed[:3])
-            found.append(f"{len(self.weights_changed)} tensors changed after deoptimize() ({first})")
-        return found
-
-    @property
-    def speedup(self) -> tuple[float, str]:
-        """fxfuse's speed per token over that of the fastest other way, and the name of that way."""
-        others = [timing for name, timing in self.timings.items() if name != FXFUSE]
-        best = min(others, key=lambda timing: timing.seconds_per_token)
-        return best.seconds_per_token / self.timings[FXFUSE].seconds_per_token, best.name
-
-    @property
-    def verdict(self) -> str:
-        """One line: what differs, or else whether it was faster, and than what."""
-        if self.differences:
-            return "DIFFERS: " + "; ".join(self.differences)
-        ratio, other = self.speedup
-        if ratio < 1:
-            return f"EQUAL BUT SLOWER: {ratio:.2f} times the speed of {other}, so here fxfuse is a loss"
-        return f"EQUAL AND FASTER: {ratio:.2f} times the speed of {other}, the fastest other way"
-
-    def to_json(self) -> str:
-        """Everything above as JSON, the report included."""
-        data = asdict(replace(self, report=None)) | {"report": self.report.to_dict()}
-        return json.dumps(data | {"differences": self.differences, "verdict": self.verdict}, indent=2)
 
 
 def run(
@@ -146,7 +83,7 @@ def _demonstrate(checkpoint: str, tokens: int, say: "_Progress") -> Demonstratio
     prompt = prompt_for(checkpoint, model)
     expected = generate(model, prompt, tokens, logits=True)
     result = Demonstration(checkpoint, type(model).__name__, _device(model.device), prompt.shape[1], tokens)
-    result.distinct_tokens = len(set(expected.tokens))
+    result.distinct_tokens = len(set(expected.tokens[0].tolist()))
     result.load_before = load_before
     result.error_limit = default_slack(model.config.get_text_config().hidden_size)
     del model
@@ -225,92 +162,6 @@ def prompt_for(checkpoint: str, model: Any) -> Tensor:
     return ids.to(model.device)
 
 
-class TokenClock(BaseStreamer):
-    """Notes when `generate()` has each token: the prompt is handed over first, then one token at a time."""
-
-    def __init__(self, label: str | None = None, total: int = 0) -> None:
-        self.times: list[float] = []
-        # A bar costs time between tokens; it is for calls that compile and are not measured per token.
-        self.bar = (
-            tqdm(total=total, desc=f"  {label}", unit="token", leave=False, disable=None) if label else None
-        )
-
-    def put(self, value: Tensor) -> None:
-        """Note the time of a token."""
-        self.times.append(time.perf_counter())
-        if self.bar is not None and len(self.times) > 1:
-            self.bar.update()
-
-    def end(self) -> None:
-        """Close the bar."""
-        if self.bar is not None:
-            self.bar.close()
-
-    @property
-    def prompt_seconds(self) -> float:
-        """From the hand-over of the prompt to the first token."""
-        return self.times[1] - self.times[0]
-
-    @property
-    def token_seconds(self) -> list[float]:
-        """From each token to the next."""
-        return [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
-
-    @property
-    def total_seconds(self) -> float:
-        """From the hand-over of the prompt to the last token."""
-        return self.times[-1] - self.times[0]
-
-
-class ReplayTokens(LogitsProcessor):
-    """Makes `generate()` choose given tokens, so that two models see the same input at every step."""
-
-    def __init__(self, tokens: Sequence[int], prompt_tokens: int) -> None:
-        self.tokens = tokens
-        self.prompt_tokens = prompt_tokens
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Leave only the next token a finite score."""
-        forced = torch.full_like(scores, -math.inf)
-        forced[:, self.tokens[input_ids.shape[1] - self.prompt_tokens]] = 0
-        return forced
-
-
-@dataclass
-class Generated:
-    """One call of `generate()`: the new tokens, the logits [steps, vocabulary] if asked for, the clock."""
-
-    tokens: list[int]
-    logits: Tensor
-    clock: TokenClock
-
-
-def generate(
-    model: Any,
-    prompt: Tensor,
-    tokens: int,
-    *,
-    logits: bool = False,
-    replay: Sequence[int] | None = None,
-    label: str | None = None,
-) -> Generated:
-    """`model.generate()` with its defaults, greedy, exactly `tokens` new tokens; `replay` dictates them."""
-    clock = TokenClock(label, tokens)
-    processors = [] if replay is None else [ReplayTokens(replay, prompt.shape[1])]
-    output: Any = model.generate(
-        prompt,
-        do_sample=False,
-        max_new_tokens=tokens,
-        min_new_tokens=tokens,
-        logits_processor=processors,
-        streamer=clock,
-        return_dict_in_generate=True,
-        output_logits=logits,
-    )
-    kept = torch.cat(output.logits).float().cpu() if logits else torch.empty(0)
-    return Generated(output.sequences[0, prompt.shape[1] :].tolist(), kept, clock)
-
-
 def _compiled_decode(model: Any) -> Callable[..., Any]:
     """A forward whose one-token steps go through a plain torch.compile, as in transformers' own `generate()`.
 
@@ -360,40 +211,6 @@ def _timing(name: str, first: Generated, steady: Sequence[TokenClock]) -> Timing
         if name == EAGER
         else max(0.0, first.clock.total_seconds - statistics.median(c.total_seconds for c in steady)),
     )
-
-
-def pays_after(compile_seconds: float, before: float, after: float) -> int | None:
-    """Tokens after which compiling has paid for itself; 0 if it cost nothing, None if it never pays."""
-    if compile_seconds <= 0:
-        return 0
-    return math.ceil(compile_seconds / (before - after)) if after < before else None
-
-
-def rms_error(logits: Tensor, reference: Tensor) -> float:
-    """Root mean square of the difference."""
-    return (logits - reference).square().mean().sqrt().item()
-
-
-def equal_prefix(found: Sequence[int], expected: Sequence[int]) -> int:
-    """How many tokens are equal before the first that is not."""
-    return next((i for i, (a, b) in enumerate(zip(found, expected, strict=True)) if a != b), len(expected))
-
-
-def differing_tensors(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
-    """Names whose tensors differ in presence, dtype, shape or any bit."""
-    return [
-        name
-        for name in {**expected, **found}
-        if name not in found or name not in expected or not _same_bits(found[name], expected[name])
-    ]
-
-
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    # Bytes, because NaN is not equal to itself and -0.0 is equal to 0.0.
-    left, right = (t.detach().contiguous().flatten().view(torch.uint8) for t in (a, b.to(a.device)))
-    return torch.equal(left, right)
 
 
 def _why_inductor_fails(device: torch.device) -> str | None:
@@ -452,60 +269,3 @@ def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"CPU with {torch.get_num_threads()} threads"
-
-
-def show(result: Demonstration, out: Console) -> None:
-    """Print a demonstration for people."""
-    out.print(f"{result.model} from {Path(result.checkpoint).name}", markup=False)
-    out.print(
-        f"{result.device}; prompt of {result.prompt_tokens} tokens, {result.new_tokens} new ones, greedy\n"
-    )
-
-    out.print(str(result.report), markup=False)
-    if result.report.graphs and not result.report.misses:
-        out.print("left alone: nothing that any pass could have matched")
-
-    changed = len(result.weights_changed)
-    lines = {
-        "fp32 tokens equal to eager's": f"{result.equal_tokens} of {result.new_tokens}"
-        f" ({result.distinct_tokens} distinct ones)",
-        "bf16 RMS error of logits": f"{result.fxfuse_error:.5f}, eager's own {result.eager_error:.5f}"
-        f" (against fp32; at most {result.error_limit} times eager's)",
-        "weights after deoptimize()": f"{changed} tensors changed" if changed else "bit-equal to the files",
-    }
-    out.print()
-    for name, value in lines.items():
-        out.print(f"{name:<30}{value}", markup=False)
-
-    times = Table(box=None, pad_edge=False)
-    for heading in ("bf16", "ms per token", "ms for the prompt", "compile seconds", "pays after"):
-        times.add_column(heading, justify="left" if heading == "bf16" else "right")
-    for name in (EAGER, COMPILE, FXFUSE):
-        if name in result.not_timed:
-            times.add_row(name, "-", "-", "-", "-")
-        else:
-            times.add_row(*_time_row(result.timings[name]))
-    out.print()
-    out.print(times)
-    if COMPILE in result.not_timed:
-        out.print(f"{COMPILE}: not timed. {result.not_timed[COMPILE]}", markup=False)
-        out.print(f'{FXFUSE}: runs with inner="eager" for the same reason')
-    else:
-        out.print(
-            f"{COMPILE} compiles decode only, as transformers' generate() does; its prompt runs eagerly"
-        )
-    cores = os.cpu_count() or 1
-    if result.load_before > cores / 2:
-        out.print(
-            f"the machine was busy before this began (load {result.load_before:.1f} on {cores} cores):"
-            " these times may say little"
-        )
-    out.print(f"\n{result.verdict}", markup=False)
-
-
-def _time_row(timing: Timing) -> tuple[str, ...]:
-    times = [f"{timing.seconds_per_token * 1e3:.1f}", f"{timing.prompt_seconds * 1e3:.1f}"]
-    if timing.name == EAGER:
-        return (timing.name, *times, "-", "-")
-    pays = "never" if timing.pays_after_tokens is None else f"{timing.pays_after_tokens:,} tokens"
-    return (timing.name, *times, f"{timing.compile_seconds:.1f}", pays)

@@ -21,7 +21,18 @@ from typer.testing import CliRunner
 from fxfuse.cli import app
 from fxfuse.errors import CheckpointError
 from fxfuse.runtime import demo
-from fxfuse.runtime.demo import COMPILE, EAGER, FXFUSE, Demonstration, Timing, TokenClock
+from fxfuse.runtime.demonstration import (
+    COMPILE,
+    EAGER,
+    FXFUSE,
+    Demonstration,
+    Timing,
+    differing_tensors,
+    equal_prefix,
+    pays_after,
+    rms_error,
+)
+from fxfuse.runtime.generation import generate
 from fxfuse.runtime.report import GraphRecord, Report
 from fxfuse.runtime.shapes import text_config
 
@@ -119,14 +130,15 @@ class TestMeasures:
         ],
     )
     def test_pays_after(self, seconds: float, before: float, after: float, tokens: int | None) -> None:
-        assert demo.pays_after(seconds, before, after) == tokens
+        assert pays_after(seconds, before, after) == tokens
 
     def test_rms_error(self) -> None:
-        assert demo.rms_error(torch.tensor([1.0, 2.0]), torch.tensor([4.0, -2.0])) == pytest.approx(12.5**0.5)
+        assert rms_error(torch.tensor([1.0, 2.0]), torch.tensor([4.0, -2.0])) == pytest.approx(12.5**0.5)
 
     def test_equal_tokens_are_counted_up_to_the_first_difference(self) -> None:
-        assert demo.equal_prefix([1, 2, 3], [1, 2, 3]) == 3
-        assert demo.equal_prefix([1, 9, 3], [1, 2, 3]) == 1
+        expected = torch.tensor([[1, 2, 3]])
+        assert equal_prefix(expected, expected) == 3
+        assert equal_prefix(torch.tensor([[1, 9, 3]]), expected) == 1
 
     @pytest.mark.parametrize(
         "changed",
@@ -139,36 +151,12 @@ class TestMeasures:
     )
     def test_tensors_differ_by_a_bit_a_dtype_a_shape_or_absence(self, changed: dict[str, Tensor]) -> None:
         stored = {"w": torch.tensor([-0.0, 1.0]), "n": torch.tensor(math.nan)}
-        assert demo.differing_tensors({k: v.clone() for k, v in stored.items()}, stored) == []
-        assert demo.differing_tensors(changed, stored) == ["w"]
-        assert demo.differing_tensors(stored, changed) == ["w"]
-
-    def test_the_clock_tells_the_prompt_from_the_tokens(self) -> None:
-        clock = TokenClock()
-        clock.times = [10.0, 13.0, 13.5, 14.0]
-        assert clock.prompt_seconds == 3.0
-        assert clock.token_seconds == [0.5, 0.5]
-        assert clock.total_seconds == 4.0
+        assert differing_tensors({k: v.clone() for k, v in stored.items()}, stored) == []
+        assert differing_tensors(changed, stored) == ["w"]
+        assert differing_tensors(stored, changed) == ["w"]
 
 
 class TestGenerate:
-    def test_there_is_a_time_for_every_token(self, model: Any) -> None:
-        found = demo.generate(model, PROMPT, 12, logits=True)
-        assert len(found.tokens) == 12
-        assert len(found.clock.token_seconds) == 11
-        assert found.logits.shape == (12, 256)
-        assert 7 not in found.tokens, "an end token would have cut the output short"
-
-    def test_its_own_tokens_replayed_give_its_own_logits(self, model: Any) -> None:
-        found = demo.generate(model, PROMPT, 8, logits=True)
-        again = demo.generate(model, PROMPT, 8, logits=True, replay=found.tokens)
-        assert again.tokens == found.tokens
-        assert torch.equal(again.logits, found.logits)
-
-    def test_replayed_tokens_are_chosen_against_the_model(self, model: Any) -> None:
-        forced = [3, 1, 4, 1, 5]
-        assert demo.generate(model, PROMPT, 5, replay=forced).tokens == forced
-
     def test_torch_compile_gets_the_one_token_steps_and_is_gone_afterwards(
         self, model: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -182,9 +170,9 @@ class TestGenerate:
             return call
 
         monkeypatch.setattr(torch, "compile", compiled)
-        expected = demo.generate(model, PROMPT, 6)
+        expected = generate(model, PROMPT, 6)
         found = demo._generate_compiled(model, demo._compiled_decode(model), PROMPT, 6)
-        assert found.tokens == expected.tokens
+        assert torch.equal(found.tokens, expected.tokens)
         assert lengths == [1] * 5
         assert "forward" not in vars(model)
 
