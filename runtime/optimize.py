@@ -60,6 +60,7 @@ def optimize(
     passes: Passes = "default",
     weights: str = "auto",
     inner: str = "inductor",
+    target: str = "auto",
     mode: str | None = None,
     dynamic: bool | None = None,
     strict: bool = False,
@@ -83,6 +84,7 @@ def optimize(
             "passes": passes,
             "weights": weights,
             "inner": inner,
+            "target": target,
             "mode": mode,
             "strict": strict,
             "verify": verify,
@@ -101,7 +103,7 @@ def optimize(
     if strict and "input_ids" in inspect.signature(model.forward).parameters:
         from fxfuse.runtime.explain import explain  # which needs this module
 
-        explain(model, passes=passes, weights=weights, inner=inner, strict=True)
+        explain(model, passes=passes, weights=weights, inner=inner, target=target, strict=True)
     if state is not None:
         deoptimize(model)
     leaves.install()

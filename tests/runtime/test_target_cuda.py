@@ -104,3 +104,14 @@ def test_interleaved_projections_are_read_where_they_lie(ids: Tensor, graphs: li
     row = next(n for n in decode.calls("aten.linear.default") if n.meta["val"].shape[-1] > 64)
     storage = row.meta["val"].untyped_storage()._cdata
     assert all(n.meta["val"].untyped_storage()._cdata == storage for n in step.args[:6])
+
+
+def test_a_strict_model_is_asked_for_the_same_target(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr("fxfuse.runtime.explain.explain", lambda model, **options: asked.update(options))
+    fxfuse.optimize(make_model(), target="cuda", inner="eager", strict=True)
+    assert asked["target"] == "cuda"
+    with pytest.raises(fxfuse.OptionError, match="'auto', 'cuda', 'cpu'"):
+        fxfuse.optimize(make_model(), target="tpu")
