@@ -20,6 +20,7 @@ PY ?=
 SIZE ?= small
 CHECKPOINT ?=
 ARGS ?=
+MINUTES ?= 240
 
 # Caches stay inside the checkout: nothing is left in the home folder, and `make clean` finds all of it.
 export TORCHINDUCTOR_CACHE_DIR ?= $(CURDIR)/.cache/inductor
@@ -47,7 +48,7 @@ define install
 	@touch $(1)/.installed
 endef
 
-.PHONY: help setup demo test test-all test-oldest test-extras test-gpu lint format typecheck docs bench clean
+.PHONY: help setup demo test test-all test-nightly test-oldest test-extras test-gpu lint format typecheck docs bench clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +74,9 @@ test: $(NEEDS)  ## the fast tests
 
 test-all: $(NEEDS)  ## every test, the slow ones too
 	$(RUN) -m pytest $(ARGS)
+
+test-nightly: $(NEEDS)  ## the property suites with large numbers; summary in docs/nightly.md (MINUTES for each suite)
+	$(RUN) tests/properties/nightly.py run --minutes $(MINUTES)
 
 test-oldest: $(STAMP_OLDEST)  ## the fast tests with the oldest supported transformers, in an environment of their own
 	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(ARGS)

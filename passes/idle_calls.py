@@ -130,6 +130,8 @@ def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> b
     own = nodes[0].meta["val"]
     with program.fake_mode or nullcontext(), torch.no_grad():
         for node, function in zip(nodes[1 : len(values) + 1], values, strict=True):
+            if any("val" not in n.meta for n in node.all_input_nodes):
+                return False  # it has just been changed itself: left for another time
             args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
             made = function(own, *args[1:], **kwargs)
             pairs = zip((*made.shape, *made.stride()), (*own.shape, *own.stride()), strict=True)

@@ -1,5 +1,6 @@
 """Mutants of graphs that match, one change each: a rewrite of them changes no bit, or does not take place."""
 
+import copy
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -48,7 +49,8 @@ def judge(seed: int, tally: Tally, passes: tuple[str, ...] = ALL) -> None:
         tally.through_dynamo += 1
         torch._dynamo.reset()
         options = {"inner": "eager", "passes": passes, "report": "off"}
-        compiled = torch.compile(mutant.module, backend="fxfuse", options=options, dynamic=False)
+        own = copy.deepcopy(mutant.module)  # a mutant may write to its weights
+        compiled = torch.compile(own, backend="fxfuse", options=options, dynamic=False)
         why = difference(mutant.module, compiled, inputs, exact=exact)
     else:
         weights = "copy" if seed % 3 == 0 else "auto"

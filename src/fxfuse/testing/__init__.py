@@ -41,6 +41,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> object:
+    if name == "strategies":
+        return importlib.import_module(f"{__name__}.strategies")
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)

@@ -227,7 +227,7 @@ BLOCKS: dict[str, Block] = {
         Block("gated_rms_norm", "gated_rms_norm", _base, _write_gated_rms_norm, exact=False),
         Block("l2norm", "l2norm", _base, _write_l2norm, exact=False),
         Block("swiglu", "swiglu", _base, _write_swiglu, exact=False),
-        Block("gates", "gdn_gates", _base, _write_gates, exact=False),
+        Block("gates", "gates_alone", _base, _write_gates, exact=False),
         Block("attention", "repeat_kv", _draw_attention, _write_attention, exact=False),
         Block("rotary", "partial_rotary", _draw_attention, _write_rotary, exact=False),
     )

@@ -1,0 +1,181 @@
+# ruff: noqa: E501
+"""Faults put into our own code, one line each: the tests named beside each of them have to notice.
+
+    python tests/mutation/mutate.py                    all of them, table in docs/mutation-testing.md
+    python tests/mutation/mutate.py --only 3 17        some
+
+A fault is made in a copy of the package that is put before the installed one, so that the checkout stays as
+it is.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "mutation-testing.md"
+RESULTS = ROOT / ".cache" / "mutation.json"
+SECONDS = 420
+
+PASSES = "tests/passes/"
+LIVE = "tests/runtime/test_live_weights.py"
+WEIGHTS = PASSES + "weights"
+MERGE = PASSES + "test_same_input_linears.py"
+CHAINS = PASSES + "test_layout_chains.py"
+WRITES = PASSES + "test_storage_writes.py"
+NORMAL = PASSES + "test_normalise.py"
+UPSTREAM = "tests/upstream/test_graph_rewriting.py"
+SPELLINGS = "tests/properties/test_spellings.py -k alone"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """`old` becomes `new` in `file`, once; `tests` are pytest's arguments."""
+
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+FAULTS = (
+    Fault("passes/same_input_linears.py", "if writes.is_written(linear) else None", "if False else None", MERGE),
+    Fault("passes/same_input_linears.py", "    memory_is_not_its_own,\n    weight_is_written", "    weight_is_written", MERGE),
+    Fault("passes/same_input_linears.py", "    weight_is_computed,\n    memory", "    memory", MERGE),
+    Fault("passes/same_input_linears.py", "            start = stop\n", "            start = stop - 1\n", MERGE),
+    Fault("passes/same_input_linears.py", "if storage_of(linear) in keep_layout:", "if False:", MERGE),
+    Fault("passes/same_input_linears.py", "writes.version(source, linear), mode[linear]", "0, mode[linear]", UPSTREAM),
+    Fault("passes/same_input_linears.py", "writes.version(source, linear), mode[linear]", "writes.version(source, linear), 0", MERGE),
+    Fault("passes/same_input_linears.py", "if reason is None and not seen.isdisjoint(memory):", "if False:", MERGE),
+    Fault("passes/same_input_linears.py", "        if obstacle is not None:", "        if False:", MERGE),
+    Fault("passes/layout_chains.py", "GUARDS = (memory_is_written, leaves_by_another_way)", "GUARDS = (memory_is_written,)", CHAINS),
+    Fault("passes/layout_chains.py", "GUARDS = (memory_is_written, leaves_by_another_way)", "GUARDS = (leaves_by_another_way,)", CHAINS),
+    Fault("passes/layout_chains.py", "COPY_GUARDS = (is_no_permutation, ", "COPY_GUARDS = (", CHAINS),
+    Fault("passes/layout_chains.py", "if runs and feature == sum(runs[-1]):", "if runs and feature == sum(runs[-1]) + 1:", CHAINS),
+    Fault("passes/layout_chains.py", "start - last[0], 2]", "start - last[0], 3]", CHAINS),
+    Fault("passes/numbered_features.py", "if list(value.shape[: len(lead)]) != lead", "if False", CHAINS),
+    Fault("passes/numbered_features.py", "and found == second[node]", "", CHAINS),
+    Fault("passes/one_row_linears.py", "if bias is not None:", "if False:", PASSES + "test_one_row_linears.py"),
+    Fault("passes/one_row_linears.py", "statically_known_true(size == 1) for size in rows", "True for size in rows", PASSES + "test_one_row_linears.py"),
+    Fault("passes/one_row_linears.py", "return mode == PLAIN", "return True", PASSES + "test_one_row_linears.py"),
+    Fault("passes/storage_writes.py", "alias_info.is_write", "alias_info.is_write and False", WRITES),
+    Fault("passes/storage_writes.py", "bisect_left(self._writes", "0 * bisect_left(self._writes", WRITES),
+    Fault("passes/storage_writes.py", "        if node.op == \"output\" or _reads_strides(node):", "        if _reads_strides(node):", MERGE),
+    Fault("passes/storage_writes.py", "else node.all_input_nodes", "else []", WRITES + " " + MERGE),
+    Fault("passes/normalise.py", "(train is False or p == 0)", "(train is True or p == 0)", NORMAL),
+    Fault("passes/normalise.py", "if isinstance(source, Node) and same_memory(node, source):", "if isinstance(source, Node):", NORMAL),
+    Fault("passes/normalise.py", "        if not writes.is_written(node):\n            node.target = torch.ops.aten.reshape", "        if True:\n            node.target = torch.ops.aten.reshape", NORMAL),
+    Fault("passes/normalise.py", "dims[0] % value == place % value", "True", "tests/properties/test_normal_form.py"),
+    Fault("passes/normalise.py", "            and not written_by(node)\n", "", NORMAL),
+    Fault("passes/idle_calls.py", "type(value) in (int, float) and value == wanted", "type(value) in (int, float)", "tests/properties/test_normal_form.py"),
+    Fault("passes/idle_calls.py", "        if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed:\n            continue\n", "", "tests/properties/test_normal_form.py"),
+    Fault("passes/idle_calls.py", "user not in writes and (is_list or", "False and (is_list or", "tests/properties/test_normal_form.py"),
+    Fault("passes/linear_spellings.py", "if scaled or weight is None", "if weight is None", "tests/properties/test_normal_form.py"),
+    Fault("passes/linear_spellings.py", "len(linear.users) != 1", "False", "tests/properties/test_normal_form.py"),
+    Fault("passes/linear_spellings.py", "if parsed[1] == lead + outer and", "if", "tests/properties/test_normal_form.py"),
+    Fault("passes/pipeline.py", "        return program, Outcome(misses=", "        return attempt, Outcome(misses=", PASSES + "test_pipeline.py -k 'not random'"),
+    Fault("passes/weights/row_map.py", "sorted(permutation) != list(range(len(permutation)))", "False", WEIGHTS),
+    Fault("passes/weights/inverse.py", "if piece.start < reached:", "if False:", WEIGHTS),
+    Fault("passes/weights/inverse.py", "            across = window[1]\n", "", WEIGHTS),
+    Fault("runtime/live_weights.py", "return [m.data_ptr() for m in members]", "return [0 for m in members]", LIVE),
+    Fault("runtime/live_weights.py", "found.fits(members) and found.may_overwrite(members)", "found.fits(members)", LIVE),
+    Fault("runtime/live_weights.py", "if self.tensor is None or state != self._state:", "if self.tensor is None:", LIVE),
+    Fault("runtime/ops/rms_norm.py", "(normed * (1.0 + scale if", "(normed * (scale if", "tests/runtime/ops/test_rms_norm.py"),
+    Fault("runtime/ops/rms_norm.py", "features.square().mean(-1, keepdim=True) + eps)", "features.square().mean(-1, keepdim=True))", "tests/runtime/ops/test_rms_norm.py tests/runtime/ops/kernels/test_rms_norm.py"),
+    Fault("runtime/ops/gated_delta_rule.py", "(decay[..., -1:] - decay).exp()", "(decay[..., -1:] + decay).exp()", "tests/runtime/ops/test_gated_delta_rule.py"),
+)  # fmt: skip
+
+
+def run(number: int) -> dict[str, object]:
+    """Whether the tests notice a fault: "noticed", "missed" or "not found" where the line is not there once."""
+    fault = FAULTS[number]
+    started = time.perf_counter()
+    text = (ROOT / fault.file).read_text()
+    if text.count(fault.old) != 1:
+        return {"number": number, "state": "not found", "seconds": 0.0}
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "fxfuse"
+        shutil.copytree(ROOT / "src" / "fxfuse", package)
+        for name in ("passes", "patterns", "runtime"):
+            shutil.copytree(ROOT / name, package / name)
+        (package / fault.file).write_text(text.replace(fault.old, fault.new))
+        command = f"{sys.executable} -m pytest -q -x -p no:cacheprovider -m 'not slow and not inductor' {fault.tests}"
+        environment = os.environ | {
+            "PYTHONPATH": folder,
+            "PYTHONDONTWRITEBYTECODE": "1",
+            "OMP_NUM_THREADS": "1",
+        }
+        try:
+            found = subprocess.run(
+                command,
+                shell=True,
+                cwd=ROOT,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=SECONDS,
+            )
+            state = {0: "missed", 1: "noticed"}.get(found.returncode, f"pytest exit {found.returncode}")
+            last = next((line for line in found.stdout.splitlines() if line.startswith("FAILED")), "")
+        except subprocess.TimeoutExpired:
+            state, last = "out of time", ""
+    seconds = round(time.perf_counter() - started, 1)
+    return {
+        "number": number,
+        "state": state,
+        "seconds": seconds,
+        "by": last.removeprefix("FAILED ").split(" - ")[0],
+    }
+
+
+def page(results: list[dict[str, object]]) -> str:
+    states = [str(result["state"]) for result in results]
+    lines = [
+        "# Faults put into our own code",
+        "",
+        "`python tests/mutation/mutate.py` puts one fault at a time into a copy of the package and runs the tests that",
+        "should notice.",
+        "",
+        f"{len(FAULTS)} faults, {len(results)} of them run: "
+        + ", ".join(f"{states.count(state)} {state}" for state in sorted(set(states)))
+        + ".",
+        "",
+        "| # | file | line becomes | state | noticed by |",
+        "|---|---|---|---|---|",
+    ]
+    for result in sorted(results, key=lambda result: int(str(result["number"]))):
+        fault = FAULTS[int(str(result["number"]))]
+        new = " ".join(fault.new.split()) or "(removed) " + " ".join(fault.old.split())
+        by = str(result.get("by", "")).replace("::", " ")
+        cells = (result["number"], fault.file, f"`{new}`".replace("|", "/"), result["state"], by)
+        lines.append("| " + " | ".join(map(str, cells)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", type=int, nargs="*", help="numbers of faults")
+    parser.add_argument("--jobs", type=int, default=1)
+    arguments = parser.parse_args()
+    chosen = arguments.only if arguments.only is not None else range(len(FAULTS))
+    known = {r["number"]: r for r in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for result in pool.map(run, chosen):
+            print(result, flush=True)
+            known[result["number"]] = result
+            RESULTS.parent.mkdir(exist_ok=True)
+            RESULTS.write_text(json.dumps(list(known.values())))
+    PAGE.write_text(page(list(known.values())))
+    return int(any(known[number]["state"] != "noticed" for number in chosen))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""What looks like a spelling and is none: values that a rule of the normal form must not change."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from equality import difference
+from torch import Tensor, nn
+
+from fxfuse import rewrite
+from fxfuse.testing.tensors import integer_like_, integer_tensor
+
+
+class Calls(nn.Module):
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.empty(4, 8), requires_grad=False)
+        self.b = nn.Parameter(torch.empty(4), requires_grad=False)
+        self.compute = compute
+        integer_like_(self, seed=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.compute(x, self.w, self.b)
+
+
+def written_through_a_part(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[:, 0]
+    y.add_(1)
+    part.mul_(3)
+    return y + 1
+
+
+def a_list_of_views_before_a_write(x: Tensor) -> Tensor:
+    y = x * 2
+    parts = y.split(4, dim=-1)
+    y.add_(1)
+    return parts[0] + parts[1]
+
+
+def a_written_idle_result(x: Tensor, by: int) -> tuple[Tensor, Tensor]:
+    y = x * 1
+    y.add_(by)
+    return y * 2, x * 3
+
+
+def a_returned_idle_result(x: Tensor) -> tuple[Tensor, Tensor]:
+    y = x + 0
+    x.add_(1)
+    return y, x
+
+
+CASES: dict[str, Callable[..., Any]] = {
+    "scaled addmm": lambda x, w, b: torch.addmm(b, x.reshape(-1, 8), w.t(), alpha=2),
+    "addmm with beta": lambda x, w, b: torch.addmm(b, x.reshape(-1, 8), w.t(), beta=0.5),
+    "sum that others read": lambda x, w, b: (lambda y: (y + b, y * 2))(x @ w.t()),
+    "scaled bias": lambda x, w, b: torch.add(x @ w.t(), b, alpha=3),
+    "einsum into another order": lambda x, w, b: torch.einsum("bti,oi->bot", x, w),
+    "einsum that sums rows": lambda x, w, b: torch.einsum("bti,oi->bo", x, w),
+    "einsum over the rows of w": lambda x, w, b: torch.einsum("bto,oi->bti", x[..., :4], w),
+    "x + 2": lambda x, w, b: (x + 2) @ w.t(),
+    "x * 3": lambda x, w, b: (x * 3) @ w.t(),
+    "x / 2": lambda x, w, b: (x / 2) @ w.t(),
+    "1 - x": lambda x, w, b: (1 - x) @ w.t(),
+    "0 - x": lambda x, w, b: (0 - x) @ w.t(),
+    "a wider type": lambda x, w, b: (x.to(torch.int64) * 1.0) @ w.t(),
+    "a broadcast": lambda x, w, b: (x[:1] + torch.zeros_like(x)) @ w.t(),
+    "mean, another dimension": lambda x, w, b: x.sum(-1).unsqueeze(0) + x.sum(0).unsqueeze(-1).sum(),
+    "sum over two, one back": lambda x, w, b: x.sum((0, 1)).unsqueeze(0),
+    "written through a part": lambda x, w, b: written_through_a_part(x),
+    "a list of views, then a write": lambda x, w, b: a_list_of_views_before_a_write(x),
+    "an idle result that is written": lambda x, w, b: a_written_idle_result(x, 1),
+    "an idle result that is returned": lambda x, w, b: a_returned_idle_result(x),
+    "dropout in training at rate one": lambda x, w, b: torch.dropout(x, 1.0, True) @ w.t(),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_looks_like_a_spelling_keeps_its_values(name: str) -> None:
+    module, x = Calls(CASES[name]), integer_tensor((2, 3, 8), 0)
+    rewritten = rewrite(module, [x])
+    assert [miss.reason for miss in rewritten.report.misses if "undone" in miss.reason] == []
+    assert difference(module, rewritten.graph_module, [x], exact=True) is None
+
+
+def test_vmap_is_no_obstacle() -> None:
+    """Inside vmap a value has no storage to ask for."""
+
+    def masked(x: Tensor) -> Tensor:
+        rows = torch.vmap(lambda i: torch.vmap(lambda j: i >= j)(torch.arange(3)))(torch.arange(3))
+        return (x @ rows.to(x.dtype)).relu()
+
+    module = Calls(lambda x, w, b: (masked(x[..., :3]), x @ w.t(), x @ w[:2].t()))
+    compiled = torch.compile(module, backend="fxfuse", options={"inner": "eager", "report": "off"})
+    x = integer_tensor((2, 3, 8), 0)
+    assert difference(module, compiled, [x], exact=True) is None
