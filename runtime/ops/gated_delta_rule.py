@@ -6,6 +6,7 @@ state is carried.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 64
@@ -25,9 +26,57 @@ def _l2_normalised(x: Tensor) -> Tensor:
 def _chunks(x: Tensor, size: int) -> Tensor:
     """[B, H, T, ...] to [B, H, N, size, ...], zeros appended where T is not a multiple of the size."""
     missing = -x.shape[2] % size
-    if missing:
-        x = torch.cat([x, x.new_zeros(*x.shape[:2], missing, *x.shape[3:])], dim=2)
+    if not isinstance(missing, int) or missing:
+        x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
     return x.unflatten(2, (-1, size))
+
+
+def prepared(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What each chunk of `size` tokens needs of its own tokens alone; arguments as in `reference`.
+
+    Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
+    until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
+    attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
+    """
+    heads, dk = value.shape[2], key.shape[-1]
+    if normalise:
+        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
+    q, k, v, decay, rate = (_chunks(_heads_first(x, heads), size) for x in (query, key, value, g, beta))
+    q = q * dk**-0.5
+    decay = decay.cumsum(-1)
+    rate = rate.unsqueeze(-1)
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+    grown = decay.exp().unsqueeze(-1)
+
+    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
+    # is given the transposed system: so it need not turn what lies in memory row by row.
+    system = rate * k @ k.mT * between
+    right = torch.cat([rate * v, rate * grown * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
+    attention = q @ k.mT * between
+    until = (decay[..., -1:] - decay).exp().unsqueeze(-1)
+    return q * grown, k * until, solved, attention, decay[..., -1].exp()
+
+
+def scanned(
+    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The state carried from chunk to chunk; arguments from `prepared`, and the state [B, HV, dk, dv].
+
+    Returns out [B, HV, N · size, dv] and the final state, both in fp32 and contiguous.
+    """
+    batch, heads, chunks, _, dk = q.shape
+    u, w = solved.split([solved.shape[-1] - dk, dk], dim=-1)
+    state, outs = state.flatten(0, 1), []
+    for i in range(chunks):
+        q_i, k_i, u_i, w_i, inside, decay = (x[:, :, i].flatten(0, 1) for x in (q, k, u, w, attention, last))
+        corrected = torch.baddbmm(u_i, w_i, state, alpha=-1)
+        outs.append(torch.baddbmm(q_i @ state, inside, corrected))
+        state = torch.baddbmm(decay[:, None, None] * state, k_i.mT, corrected)
+    return torch.cat(outs, dim=1).unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
 
 
 def reference(
@@ -50,41 +99,35 @@ def reference(
     Returns:
         out [B, T, HV, dv] in query's dtype, contiguous; final state [B, HV, dk, dv] in fp32, contiguous.
     """
-    dtype, (batch, length, heads, dv), dk = query.dtype, value.shape, key.shape[-1]
-    if normalise:
-        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
-    q, k, v, decay, rate = (_heads_first(x, heads) for x in (query, key, value, g, beta))
-    q = q * dk**-0.5
-    state = q.new_zeros(batch, heads, dk, dv) if initial_state is None else initial_state.to(torch.float32)
+    length = value.shape[1]
+    state = initial(query, value, initial_state)
     if length == 0:
-        return value.new_empty(value.shape, dtype=dtype), state.clone()
-
+        return value.new_empty(value.shape, dtype=query.dtype), state.clone()
     size = min(CHUNK, length)
-    q, k, v, decay, rate = (_chunks(x, size) for x in (q, k, v, decay, rate))
-    decay = decay.cumsum(-1)
-    rate = rate.unsqueeze(-1)
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
-    grown = decay.exp().unsqueeze(-1)
+    out, state = scanned(*prepared(query, key, value, g, beta, normalise, size), state)
+    return out[:, :, :length].transpose(1, 2).to(query.dtype).contiguous(), state.contiguous()
 
-    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver.
-    system = (rate * k) @ k.mT * between
-    solved = torch.linalg.solve_triangular(
-        system, torch.cat([rate * v, rate * grown * k], dim=-1), upper=False, unitriangular=True
-    )
-    u, w = solved.split([dv, dk], dim=-1)
-    attention = q @ k.mT * between
-    q = q * grown
-    k = k * (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    last = decay[..., -1].exp()[..., None, None]
 
-    outs = []
-    for i in range(q.shape[2]):
-        corrected = u[:, :, i] - w[:, :, i] @ state
-        outs.append(q[:, :, i] @ state + attention[:, :, i] @ corrected)
-        state = last[:, :, i] * state + k[:, :, i].mT @ corrected
-    out = torch.cat(outs, dim=2)[:, :, :length].transpose(1, 2)
-    return out.to(dtype).contiguous(), state.contiguous()
+def initial(query: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
+    """The given state in fp32, or zeros [B, HV, dk, dv]."""
+    if state is not None:
+        return state.to(torch.float32)
+    batch, _, heads, dv = value.shape
+    return query.new_zeros(batch, heads, query.shape[-1], dv, dtype=torch.float32)
+
+
+@torch.library.custom_op("fxfuse::delta_rule_chunks", mutates_args=())
+def delta_rule_chunks(
+    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`scanned` as one node of a graph, whatever the number of chunks."""
+    return scanned(q, k, solved, attention, last, state)
+
+
+@delta_rule_chunks.register_fake
+def _(q, k, solved, attention, last, state):  # type: ignore[no-untyped-def]
+    batch, heads, chunks, size, _ = q.shape
+    return q.new_empty((batch, heads, chunks * size, state.shape[-1])), state.new_empty(state.shape)
 
 
 @torch.library.custom_op("fxfuse::chunk_gated_delta_rule", mutates_args=())

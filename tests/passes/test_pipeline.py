@@ -21,7 +21,8 @@ from fxfuse.runtime.options import Options
 from fxfuse.runtime.rewrite import traced
 from fxfuse.testing.tensors import integer_like_, integer_tensor
 
-PASSES = pipeline.selected(["same_input_linears", "layout_chains", "one_row_linears"], "inductor")
+HERE = ["same_input_linears", "layout_chains", "depthwise_convs", "one_query_attention", "one_row_linears"]
+PASSES = pipeline.selected(HERE, "inductor")
 NAMES = [each.name for each in PASSES]
 X = integer_tensor((1, 8), seed=0)
 
