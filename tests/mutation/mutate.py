@@ -61,7 +61,7 @@ FAULTS = (
     Fault("passes/layout_chains.py", "COPY_GUARDS = (is_no_permutation, ", "COPY_GUARDS = (", CHAINS),
     Fault("passes/layout_chains.py", "if runs and feature == sum(runs[-1]):", "if runs and feature == sum(runs[-1]) + 1:", CHAINS),
     Fault("passes/layout_chains.py", "start - last[0], 2]", "start - last[0], 3]", CHAINS),
-    Fault("passes/numbered_features.py", "if list(value.shape[: len(lead)]) != lead", "if False", CHAINS),
+    Fault("passes/numbered_features.py", "or list(value.shape[: len(lead)]) != lead or", "or", CHAINS),
     Fault("passes/numbered_features.py", "and found == second[node]", "", CHAINS),
     Fault("passes/one_row_linears.py", "if bias is not None:", "if False:", PASSES + "test_one_row_linears.py"),
     Fault("passes/one_row_linears.py", "statically_known_true(size == 1) for size in rows", "True for size in rows", PASSES + "test_one_row_linears.py"),
