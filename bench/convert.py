@@ -49,7 +49,8 @@ def write_checkpoint(folder: Path, gigabytes: float) -> int:
     layers = max(2, round(gigabytes * 1e9 / 4.4e8))
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config(layers)))
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for i in range(layers):
         tensors = {f"model.layers.{i}.{name}.weight": _random(*shape) for name, shape in _shapes(i, layers)}
         file = f"model-{i:05}.safetensors"

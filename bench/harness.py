@@ -18,7 +18,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ SCHEMA = 1  # of the JSON form; raised when a field changes its meaning or goes 
 # What decides how fast a CPU multiplies; everything else in /proc/cpuinfo is noise here.
 _ISA = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "amx_bf16", "asimd", "sve", "bf16")
 _TABLE_WIDTH = 110  # a narrower terminal, or none, would break the numbers in two
-_PACKAGES = ("torch", "transformers", "triton", "fxfuse")
+# The last three change what the baselines run where they are installed.
+_PACKAGES = ("torch", "transformers", "triton", "fxfuse", "flash-linear-attention", "causal-conv1d", "peft")
 
 
 # The machine and its limits
@@ -199,13 +200,22 @@ class Peer:
         name: as in the table. sample: runs it once and returns the seconds per unit (see `timed`).
         fused_calls: a count that grows with each call of fused code, for the peers that are ours; None for
         others. output_matched: called once after the timing; whether this peer's output is what it has to
-        be.
+        be. figures: called once after the timing; further numbers, each named with its unit.
     """
 
     name: str
     sample: Callable[[], float]
     output_matched: Callable[[], bool]
     fused_calls: Callable[[], int] | None = None
+    figures: Callable[[], dict[str, float]] = dict
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """What could not be measured here, and why: never a silent gap in the results."""
+
+    case: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -265,6 +275,7 @@ class Result:
         compute_fraction: of the measured matrix product rate, given the operations.
         fused_expected: this peer has fused code; `ran_fused`: it ran in every timed sample.
         output_matched: the output was checked and right.
+        figures: further numbers, each named with its unit.
     """
 
     case: str
@@ -279,6 +290,7 @@ class Result:
     fused_expected: bool
     ran_fused: bool
     output_matched: bool
+    figures: dict[str, float] = field(default_factory=dict)
 
 
 def measure(
@@ -338,6 +350,7 @@ def _result(
         fused_expected=peer.fused_calls is not None,
         ran_fused=ran_fused,
         output_matched=peer.output_matched(),
+        figures=peer.figures(),
     )
 
 
@@ -370,6 +383,7 @@ class BenchReport:
     settings: dict[str, Any]
     results: tuple[Result, ...]
     schema: int = field(default=SCHEMA)
+    skipped: tuple[Skipped, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -396,7 +410,8 @@ class BenchReport:
         )
         where = {**data["machine"], "isa": tuple(data["machine"]["isa"])}
         limit = Limits(**data["limits"])
-        return cls(data["claim"], Machine(**where), limit, data["settings"], results, data["schema"])
+        skipped = tuple(Skipped(**row) for row in data.get("skipped", ()))
+        return cls(data["claim"], Machine(**where), limit, data["settings"], results, SCHEMA, skipped)
 
     @property
     def ok(self) -> bool:
@@ -418,6 +433,8 @@ class BenchReport:
                     f"the fastest baseline (single pairs {best.lowest:.2f} to {best.highest:.2f})",
                     soft_wrap=True,
                 )
+        for left_out in self.skipped:
+            console.print(f"{left_out.case}: skipped, {left_out.reason}", markup=False, soft_wrap=True)
 
 
 def describe(where: Machine, limit: Limits) -> str:
@@ -433,6 +450,7 @@ def describe(where: Machine, limit: Limits) -> str:
 
 def _table(name: str, rows: Sequence[Result]) -> Table:
     against = {ratio.against for row in rows for ratio in row.ratios}
+    figures = list(dict.fromkeys(name for row in rows for name in row.figures))
     baselines = [row.peer for row in rows if row.peer in against]
     table = Table(
         title=f"{name}; x: times as fast as", title_justify="left", box=box.SIMPLE, padding=(0, 1, 0, 0)
@@ -446,6 +464,7 @@ def _table(name: str, rows: Sequence[Result]) -> Table:
         "of matmul",
         "fused",
         "right",
+        *figures,
     ):
         table.add_column(column, justify="right", no_wrap=True)
     for row in rows:
@@ -459,6 +478,7 @@ def _table(name: str, rows: Sequence[Result]) -> Table:
             _percent(row.compute_fraction),
             "yes" if row.ran_fused else "NO" if row.fused_expected else "",
             "yes" if row.output_matched else "NO",
+            *(f"{row.figures[name]:,.4g}" if name in row.figures else "" for name in figures),
         )
     return table
 
@@ -519,7 +539,7 @@ def run(
     claim: str,
     parser: argparse.ArgumentParser,
     dtypes: Callable[[argparse.Namespace], Sequence[torch.dtype]],
-    cases: Callable[[argparse.Namespace], Any],
+    cases: Callable[[argparse.Namespace], Iterable[Case | Skipped]],
     argv: Sequence[str] | None = None,
 ) -> int:
     """The body of every benchmark: parse, measure the limits, time each case, print and write.
@@ -527,7 +547,7 @@ def run(
     Args:
         dtypes: of the matrix products whose rate is measured.
         cases: makes the cases; an iterator, so that one case's models are gone before the next one's are
-            made.
+            made. What cannot be measured here is `Skipped`, with the reason.
 
     Returns:
         The exit code: 0, or 1 if an output was wrong or fused code did not run.
@@ -540,17 +560,21 @@ def run(
     where = machine(options.device)
     limit = limits(dtypes(options), options.device)
     results: list[Result] = []
+    skipped: list[Skipped] = []
     try:
         for case in cases(options):
-            results += measure(case, limit, rounds=options.rounds, warmup=options.warmup)
+            if isinstance(case, Skipped):
+                skipped.append(case)
+            else:
+                results += measure(case, limit, rounds=options.rounds, warmup=options.warmup)
     except OptionError as error:
         parser.error(str(error))
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "plot")}
-    report = BenchReport(claim, where, limit, settings, tuple(results))
+    report = BenchReport(claim, where, limit, settings, tuple(results), skipped=tuple(skipped))
     report.print()
     if options.json:
         options.json.write_text(report.to_json())
-    if options.plot:
+    if options.plot and results:
         plot(report, options.plot)
     return 0 if report.ok else 1
 

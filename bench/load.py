@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from harness import Case, Peer, arguments, run
+from processes import peak_bytes, reset_peak
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import fxfuse
@@ -51,13 +52,13 @@ WAYS: dict[str, Callable[[Path], Any]] = {
 def child(way: str, folder: Path) -> None:
     """Load and pack once, and print what came of it as JSON."""
     _import_everything(folder)
-    before, start = _reset_peak(), time.perf_counter()
+    before, start = reset_peak(), time.perf_counter()
     model = WAYS[way](folder)
     parameters = dict(model.named_parameters())
     groups = [[parameters[n] for n in t.sources] for t in fxfuse.plan(model).transforms]
     for group in groups:
         SharedSlot().fill(group)
-    seconds, peak = time.perf_counter() - start, _status("VmHWM")
+    seconds, peak = time.perf_counter() - start, peak_bytes()
     with torch.no_grad():
         logits = model.forward(torch.tensor([[1]]), use_cache=False).logits
     result = {
@@ -74,17 +75,6 @@ def _import_everything(folder: Path) -> None:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
     fxfuse.plan(model.optimize())
-
-
-def _reset_peak() -> int:
-    """Forget the peak so far, which includes the parent's before the fork; returns what is resident."""
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:

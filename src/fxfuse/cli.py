@@ -270,8 +270,9 @@ def bench(
     folder = Path(__file__).parents[2] / "bench"
     if not (folder.parent / "pyproject.toml").is_file():
         raise OptionError("benchmarks are not installed with the package: run this from a source checkout")
-    # The harness that they share lies beside them.
-    known = sorted(file.stem for file in folder.glob("*.py") if file.stem != "harness")
+    # What they share lies beside them.
+    shared = {"generation", "harness", "models", "processes"}
+    known = sorted(file.stem for file in folder.glob("*.py") if file.stem not in shared)
     if name is None:
         typer.echo("\n".join(known) if known else f"no benchmarks in {folder} yet")
     elif name not in known:

@@ -171,6 +171,21 @@ def test_the_printed_report_has_machine_limits_and_every_result(
     assert "ours is 3.00x as fast as eager, the fastest baseline (single pairs 1.00 to 4.00)" in text
 
 
+def test_figures_and_what_was_skipped_are_kept_and_printed(
+    harness: Any, clock: FakeClock, limit: Any
+) -> None:
+    results = measured(harness, clock, limit, figures=lambda: {"tokens/s": 1234.0})
+    skipped = (harness.Skipped("LoRA step", "peft is not installed"),)
+    report = harness.BenchReport("a claim", harness.machine(), limit, {}, results, skipped=skipped)
+    assert harness.BenchReport.from_json(report.to_json()) == report
+    console = Console(record=True, width=200, highlight=False)
+    with console.capture() as captured:
+        report.print(console)
+    assert re.search(r"right +tokens/s", captured.get())
+    assert re.search(r"ours .* yes +1,234", captured.get())
+    assert "LoRA step: skipped, peft is not installed" in captured.get()
+
+
 def test_limits_of_this_machine_are_positive(harness: Any) -> None:
     assert harness.read_bandwidth(size=2**20, repeats=1) > 0
     assert harness.matmul_rate(torch.float32, size=64, repeats=1) > 0
@@ -191,13 +206,14 @@ def test_the_body_of_a_benchmark(
 
     def run(**more: Any) -> int:
         options = ["--json", str(path), "--rounds", "3", "--warmup", "1"]
-        cases = [two_peers(harness, FakeClock(), **more)]
+        cases = [two_peers(harness, FakeClock(), **more), harness.Skipped("LoRA", "no peft")]
         parser = harness.arguments("What it measures.\nMore.")
         return harness.run("a claim", parser, lambda options: [], lambda options: cases, options)
 
     assert run() == 0
     report = harness.BenchReport.from_json(path.read_text())
     assert report.settings["rounds"] == 3
+    assert report.skipped == (harness.Skipped("LoRA", "no peft"),)
     assert [row.peer for row in report.results] == ["eager", "ours"]
     assert run(output_matched=lambda: False) == 1
 

@@ -1,0 +1,84 @@
+"""Every benchmark, one after the other, each with its JSON, its plot and its text in one folder.
+
+One command for a machine: `python bench/all.py --device cuda`, or `--size tiny` to try it in minutes. A
+benchmark that fails does not stop the others; the exit code is that of the worst.
+"""
+
+import argparse
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from models import PEERS, SIZES
+
+BENCH = Path(__file__).parent
+# What decides a claim of speed is compared with everything a user has; the rest with torch.compile alone.
+_ALL_PEERS = ("decode", "prefill", "generate")
+# Steps so short that launching their kernels one by one takes longer than they do.
+_ONE_TOKEN = ("decode", "generate", "moe", "ablation", "scaling")
+_PEERS = {"cpu": ["torch.compile", "freezing", "max-autotune"], "cuda": [*PEERS]}
+_MODELS = (*_ALL_PEERS, "compile_time", "memory", "train", "moe", "ablation", "scaling")
+NAMES = (*_MODELS, "convert", "load", "kernels")
+
+
+def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
+    """The command line of one benchmark; sizes, peers and what only a GPU can do are chosen here."""
+    tiny, cuda = options.size == "tiny", options.device == "cuda"
+    given = []
+    if name in _MODELS:
+        # the sparse model has one size, and a tiny one
+        given += ["--size", "tiny" if tiny else "0.8b" if name == "moe" else options.size]
+        given += ["--device", options.device, "--dtype", options.dtype]
+        given += ["--mode", "reduce-overhead"] if cuda and name in _ONE_TOKEN else []
+        if options.peers is not None:
+            given += ["--peers", *options.peers]
+        elif name in _ALL_PEERS:
+            given += ["--peers", *_PEERS[options.device]]
+        given += ["--inner", options.inner]
+    if name == "compile_time" and not tiny:
+        given += ["--depths", "4", "24"]
+    if name == "convert" and tiny:
+        given += ["--gigabytes", "0.9"]  # two layers
+    if name == "load":
+        given += ["--size", options.size if options.size in ("small", "0.8b", "2b") else "small"]
+    if name == "kernels":
+        given += [] if cuda else ["--compile-only", *(["--size", "0.8b"] if tiny else [])]
+    rounds = options.rounds or (1 if tiny else None)
+    return [*given, *(["--rounds", str(rounds), "--warmup", "1"] if rounds else [])]
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    folder = options.out / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{options.device}-{options.size}"
+    folder.mkdir(parents=True, exist_ok=True)
+    worst = 0
+    for name in options.only:
+        files = ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
+        command = [sys.executable, str(BENCH / f"{name}.py"), *arguments_of(name, options), *files]
+        start = time.perf_counter()
+        done = subprocess.run(command, capture_output=True, text=True)
+        (folder / f"{name}.txt").write_text(done.stdout + (done.stderr if done.returncode else ""))
+        verdict = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
+        print(f"{name:<14}{time.perf_counter() - start:7.0f} s  {verdict}", flush=True)
+        worst = max(worst, abs(done.returncode))
+    print(f"results in {folder}")
+    return min(worst, 1)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    options.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default cpu")
+    options.add_argument("--size", choices=SIZES, default="0.8b", help="of the dense models (default 0.8b)")
+    options.add_argument("--dtype", default="bfloat16", help="default bfloat16")
+    options.add_argument("--peers", nargs="*", choices=PEERS, help="(default: all where it counts)")
+    options.add_argument("--inner", default="inductor", help="what compiles our graph (default inductor)")
+    options.add_argument("--rounds", type=int, help="timed samples (default: that of each benchmark)")
+    options.add_argument("--only", nargs="+", choices=NAMES, default=list(NAMES), help="default all")
+    options.add_argument("--out", type=Path, default=BENCH / "results", help="default bench/results")
+    return options
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
