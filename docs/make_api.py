@@ -81,7 +81,7 @@ def _entry(name: str, thing: Any) -> str:
 def _signature(thing: Callable[..., Any]) -> str:
     text = str(inspect.signature(thing))
     text = re.sub(r"(: |-> )'([^']*)'", r"\1\2", text)
-    text = re.sub(r"<factory>|<function [^>]*>", "…", text)
+    text = re.sub(r"<factory>|<function .*? at 0x[0-9a-f]+>", "…", text)
     text = re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", text)
     if len(text) < 90:
         return text
