@@ -57,8 +57,9 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
 def padding_of(conv: Node) -> int | None:
     """The zeros at both ends of a convolution that this pass can write out; None for any other."""
     defaults = (None, None, None, [1], [0], [1], 1)
-    _, weight, _, stride, padding, dilation, groups = (*conv.args, *defaults[len(conv.args) :])
-    x, w = conv.args[0].meta["val"], weight.meta["val"]  # type: ignore[union-attr]
+    args: tuple[Any, ...] = (*conv.args, *defaults[len(conv.args) :])
+    _, weight, _, stride, padding, dilation, groups = args
+    x, w = args[0].meta["val"], weight.meta["val"]
     channels, one, taps = w.shape
     if conv.kwargs or x.dim() != 3 or x.device.type != "cpu" or x.dtype != w.dtype or x.dtype not in DTYPES:
         return None
