@@ -1,7 +1,8 @@
 """Calls of `model.generate()` as cases: the same prompt and number of tokens for every contender.
 
 Outputs are checked through `generate` as well: the logits along given tokens have no larger error against a
-run in a wider dtype than those of the first contender (`models.right`); in fp32 the greedy tokens are its own.
+run in a wider dtype than those of the first contender (`models.right`), and in fp32 the greedy tokens are
+equal.
 """
 
 import statistics
