@@ -34,7 +34,7 @@ def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
         given += ["--mode", "reduce-overhead"] if cuda and name in _ONE_TOKEN else []
         if options.peers is not None:
             given += ["--peers", *options.peers]
-        elif name in _ALL_PEERS:
+        elif name in _ALL_PEERS and not tiny:
             given += ["--peers", *_PEERS[options.device]]
         given += ["--inner", options.inner]
     if name == "compile_time" and not tiny:

@@ -6,6 +6,7 @@ The share of the matrix product rate counts weights, causal attention and the de
 
 import argparse
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from generation import prompt
@@ -38,7 +39,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         )
 
 
-def prompt_case(name: str, ids: Tensor, compared: Sequence[Contender]) -> Case:
+def prompt_case(name: str, ids: Tensor, compared: Sequence[Contender], **more: Any) -> Case:
     """One forward over `ids` [B, T]."""
     model, (batch, length) = compared[0].model, ids.shape
 
@@ -53,7 +54,7 @@ def prompt_case(name: str, ids: Tensor, compared: Sequence[Contender]) -> Case:
 
     peers = [peer(contender) for contender in compared]
     limits = {"bytes": bytes_per_token(model, batch * length), "flops": flops_of_prompt(model, batch, length)}
-    return case_of(name, compared, peers, unit="prompt", **limits)
+    return case_of(name, compared, peers, unit="prompt", **limits, **more)
 
 
 def last_logits(contender: Contender, count: int) -> Function:
