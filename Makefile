@@ -20,6 +20,9 @@ PY ?=
 SIZE ?= small
 CHECKPOINT ?=
 ARGS ?=
+# Test processes; a file's tests stay together, for what they share is expensive to make.
+JOBS ?= 2
+IN_PARALLEL = $(if $(filter-out 0 1,$(JOBS)),-n $(JOBS) --dist loadfile)
 MINUTES ?= 240
 
 # Caches stay inside the checkout: nothing is left in the home folder, and `make clean` finds all of it.
@@ -70,16 +73,16 @@ demo: $(NEEDS)  ## run the main job end to end and judge it: SIZE=small|0.8b|2b 
 	$(RUN) -m fxfuse demo $(if $(CHECKPOINT),'$(CHECKPOINT)') --size $(SIZE) $(ARGS)
 
 test: $(NEEDS)  ## the fast tests
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -m "not slow" $(IN_PARALLEL) $(ARGS)
 
 test-all: $(NEEDS)  ## every test, the slow ones too
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-nightly: $(NEEDS)  ## the property suites with large numbers; summary in docs/nightly.md (MINUTES for each suite)
 	$(RUN) tests/properties/nightly.py run --minutes $(MINUTES)
 
 test-oldest: $(STAMP_OLDEST)  ## the fast tests with the oldest supported transformers, in an environment of their own
-	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(ARGS)
+	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL) $(ARGS)
 
 test-extras: $(STAMP_EXTRAS)  ## the tests that need third-party libraries (peft), in an environment of their own
 	$(VENV_EXTRAS)/bin/python -m pytest tests/daily/test_adapters.py $(ARGS)
