@@ -126,10 +126,10 @@ def compiled_call(model: nn.Module, options: Options, dynamic: bool | None) -> C
     the same decorator: there, one model's graphs count towards the limit of another, and two threads in two
     models get in each other's way while they look for theirs. So each model is called from code of its own.
     """
-    call = nn.Module._call_impl
+    call, self = nn.Module._call_impl, model  # the name that Dynamo's sources begin with
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return call(model, *args, **kwargs)
+        return call(self, *args, **kwargs)
 
     own = types.FunctionType(
         forward.__code__.replace(), forward.__globals__, "forward", None, forward.__closure__

@@ -95,7 +95,7 @@ def _view(s: "Speller", x: Node, shape: list[Any], *packed: Any) -> Node:
 
 
 def _with_minus_one(s: "Speller", x: Node, shape: list[Any]) -> Node:
-    _require(s.value(x).numel() > 0)
+    _require(s.value(x).numel() > 0 and -1 not in [s.value(n) for n in shape])
     place = s.rng.randrange(len(shape))
     return s.call("reshape", x, *(-1 if i == place else n for i, n in enumerate(shape)))
 
