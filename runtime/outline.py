@@ -16,6 +16,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fxfuse.patterns import ops
+
 # What a compiled piece can be given: a list of tensors, say, cannot cross a boundary.
 CARRIED = (torch.Tensor, torch.SymInt, int, float, bool)
 CALLS = ("call_function", "get_attr")
@@ -43,7 +45,8 @@ def layer_of(node: Node) -> tuple[str, int] | None:
 
 def segments(graph: Graph) -> list[list[Node]]:
     """The call nodes in runs of one layer each: before the first, the layers of each stack, after them."""
-    calls = [node for node in graph.nodes if node.op in CALLS]
+    unused = [n for n in graph.nodes if not n.users and isinstance(n.meta.get("val"), torch.SymInt)]
+    calls = [node for node in graph.nodes if node.op in CALLS and node not in unused]
     layers = [layer_of(node) for node in calls]
     place_of = {layer: i for i, layer in enumerate(dict.fromkeys(x for x in layers if x is not None))}
     runs: list[list[Node]] = [[]]
@@ -55,7 +58,23 @@ def segments(graph: Graph) -> list[list[Node]]:
             runs.append([])
             current = place
         runs[-1].append(node)
-    return [run for run in runs if run]
+    return _with_shared_views_early([run for run in runs if run])
+
+
+def _with_shared_views_early(runs: list[list[Node]]) -> list[list[Node]]:
+    """Views and sizes that several runs read move to the run that their input is from.
+
+    The first layer that needs one would compute it for the others, and be the only layer of its structure.
+    """
+    run_of = {node: i for i, run in enumerate(runs) for node in run}
+    for node in [node for run in runs for node in run]:
+        is_free = str(node.target) in ops.VIEWS or isinstance(node.meta.get("val"), torch.SymInt)
+        if is_free and len({run_of.get(user, len(runs)) for user in node.users}) > 1:
+            run_of[node] = max((run_of.get(n, 0) for n in node.all_input_nodes), default=0)
+    moved: list[list[Node]] = [[] for _ in runs]
+    for node in (node for run in runs for node in run):
+        moved[run_of[node]].append(node)
+    return [run for run in moved if run]
 
 
 def repeats(graph_module: GraphModule) -> bool:
@@ -106,10 +125,13 @@ def _structure(graph: Graph, program: GraphModule) -> str:
         if node.op == "placeholder":
             lines.append(f"{number[node]} {_look(node.meta['val'], storages)}")
         elif node.op == "get_attr":
-            lines.append(f"{number[node]} constant {id(_attribute(program, node.target))}")
+            lines.append(f"{number[node]} constant {_content(_attribute(program, node.target))}")
         else:
             lines.append(f"{number[node]} {node.target} {args}")
-    return "\n".join(lines)
+    symbols: dict[str, str] = {}  # numbered as they come: the caches of two layers have two lengths
+    return re.sub(
+        r"\b[su]\d+\b", lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), "\n".join(lines)
+    )
 
 
 class _Name(str):
@@ -127,6 +149,13 @@ def _look(value: Any, storages: dict[int, int]) -> str:
         f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()} "
         f"{value.requires_grad} @{memory}"
     )
+
+
+def _content(constant: Any) -> str:
+    """Small constants are told apart by what they hold, others by which object they are."""
+    if isinstance(constant, torch.Tensor) and constant.device.type == "cpu" and constant.numel() <= 16:
+        return f"{constant.dtype} {tuple(constant.shape)} {constant.tolist()}"
+    return f"{id(constant)}"
 
 
 def _attribute(root: Any, target: Any) -> Any:
