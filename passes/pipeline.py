@@ -36,13 +36,15 @@ class Pass:
     """A rewrite by name: `run` changes the program it is given and says what it did.
 
     A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow. One with a
-    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say.
+    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say. One `on_request`
+    is not in "default": it costs much to compile, and pays only in long service.
     """
 
     name: str
     run: Callable[[Program], Outcome]
     for_inductor: bool = False
     target: str | None = None
+    on_request: bool = False
 
 
 Passes = str | Sequence[str | Pass]
@@ -61,7 +63,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("swiglu", swiglu.RULE.run, target="cuda"),
     Pass("sigmoid_gate", sigmoid_gate.run, target="cuda"),
     Pass("layout_chains", layout_chains.run),
-    Pass("chunked_delta_rule", chunked_delta_rule.run, for_inductor=True, target="cpu"),
+    Pass("chunked_delta_rule", chunked_delta_rule.run, for_inductor=True, target="cpu", on_request=True),
     Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu"),
     Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu"),
     Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu"),
@@ -71,7 +73,7 @@ PASSES: tuple[Pass, ...] = (
 def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]:
     """The passes of that name in the pipeline's order, then those given themselves, in theirs.
 
-    "default" stands for all that suit inner backend and target. Raises OptionError, with the known names, for
+    "default" stands for all that suit inner backend and target, but those on request. Raises OptionError, with the known names, for
     a name that no pass has.
     """
     wanted = [names] if isinstance(names, str) else list(names)
@@ -80,7 +82,8 @@ def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]
     if unknown:
         raise OptionError(f"unknown pass {unknown[0]!r}: known are 'default', {', '.join(map(repr, known))}")
     suited = [p for p in PASSES if p.target in (None, target) and (inner == "inductor" or not p.for_inductor)]
-    chosen = [p for p in PASSES if p.name in wanted or ("default" in wanted and p in suited)]
+    default = [p for p in suited if not p.on_request and "default" in wanted]
+    chosen = [p for p in PASSES if p.name in wanted or p in default]
     return (*chosen, *(p for p in wanted if isinstance(p, Pass)))
 
 
