@@ -36,8 +36,8 @@ class Pass:
     """A rewrite by name: `run` changes the program it is given and says what it did.
 
     A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow. One with a
-    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say. One `on_request`
-    is not in "default": it costs much to compile, and pays only in long service.
+    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say. One that is
+    `on_request` costs much to compile and pays in long service only: "default" leaves it out.
     """
 
     name: str
@@ -73,8 +73,8 @@ PASSES: tuple[Pass, ...] = (
 def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]:
     """The passes of that name in the pipeline's order, then those given themselves, in theirs.
 
-    "default" stands for all that suit inner backend and target, but those on request. Raises OptionError, with the known names, for
-    a name that no pass has.
+    "default" stands for all that suit inner backend and target, but for those on request. Raises OptionError,
+    with the known names, for a name that no pass has.
     """
     wanted = [names] if isinstance(names, str) else list(names)
     known = {p.name: p for p in PASSES}
