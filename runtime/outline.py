@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
+from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
 
 # What a compiled piece can be given: a list of tensors, say, cannot cross a boundary.
@@ -68,13 +70,19 @@ def _with_shared_views_early(runs: list[list[Node]]) -> list[list[Node]]:
     """
     run_of = {node: i for i, run in enumerate(runs) for node in run}
     for node in [node for run in runs for node in run]:
-        is_free = str(node.target) in ops.VIEWS or isinstance(node.meta.get("val"), torch.SymInt)
-        if is_free and len({run_of.get(user, len(runs)) for user in node.users}) > 1:
+        if _is_view_or_size(node) and len({run_of.get(user, len(runs)) for user in node.users}) > 1:
             run_of[node] = max((run_of.get(n, 0) for n in node.all_input_nodes), default=0)
     moved: list[list[Node]] = [[] for _ in runs]
     for node in (node for run in runs for node in run):
         moved[run_of[node]].append(node)
     return [run for run in moved if run]
+
+
+def _is_view_or_size(node: Node) -> bool:
+    """Whether a call reads no memory, so that writes before it make no difference: a reshape may copy."""
+    if isinstance(node.meta.get("val"), torch.SymInt):
+        return not isinstance(node.target, OpOverload) or str(node.target).startswith("aten.sym_")
+    return str(node.target) in ops.VIEWS and storage_of(node) == storage_of(node.all_input_nodes[0])
 
 
 def repeats(graph_module: GraphModule) -> bool:
@@ -128,10 +136,7 @@ def _structure(graph: Graph, program: GraphModule) -> str:
             lines.append(f"{number[node]} constant {_content(_attribute(program, node.target))}")
         else:
             lines.append(f"{number[node]} {node.target} {args}")
-    symbols: dict[str, str] = {}  # numbered as they come: the caches of two layers have two lengths
-    return re.sub(
-        r"\b[su]\d+\b", lambda found: symbols.setdefault(found[0], f"s{len(symbols)}"), "\n".join(lines)
-    )
+    return "\n".join(lines)
 
 
 class _Name(str):

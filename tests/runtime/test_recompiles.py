@@ -12,7 +12,7 @@ import fxfuse
 
 Make = Callable[..., Any]
 LENGTHS = (3, 17, 64, 65, 200)
-DECODED = 20
+DECODED = 40
 
 
 def ids(length: int) -> Tensor:
