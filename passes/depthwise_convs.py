@@ -5,12 +5,13 @@ After:  y = Σ_k w[:, k] · x[:, :, k : T - K + 1 + k] + b, summed in fp32, in x
 """
 
 import sys
+from functools import partial
 from typing import Any
 
 import torch
-from torch._prims_common import is_contiguous_or_false
 from torch.fx import Node
 
+from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
@@ -26,10 +27,7 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
     x, weight, bias = (*conv.args, None)[:3]
     dtype, taps = conv.meta["val"].dtype, weight.meta["val"].shape[-1]  # type: ignore[union-attr]
 
-    def call(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta["nn_module_stack"] = conv.meta.get("nn_module_stack", {})
-        return node
+    call = partial(regions.call, program, conv)
 
     def wide(node: Any) -> Node:
         return node if dtype == torch.float32 else call(aten.to.dtype, node, torch.float32)
@@ -48,7 +46,7 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
             y = call(aten.add.Tensor, y, call(aten.unsqueeze.default, bias, 1))
         if dtype != torch.float32:
             y = call(aten.to.dtype, y, dtype)
-        if not is_contiguous_or_false(x.meta["val"]):  # type: ignore[union-attr]
+        if not regions.is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
             y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
     conv.replace_all_uses_with(y)
     graph.erase_node(conv)

@@ -8,12 +8,14 @@ The library's kernel is written for many queries: for one it took 2 to 12 times 
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
@@ -57,10 +59,7 @@ def _replace(program: Program, attention: Node) -> None:
     scale = attention.kwargs.get("scale")
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
 
-    def call(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta["nn_module_stack"] = attention.meta.get("nn_module_stack", {})
-        return node
+    call = partial(regions.call, program, attention)
 
     def wide(node: Node) -> Node:
         return node if q.dtype == torch.float32 else call(aten.to.dtype, node, torch.float32)

@@ -8,12 +8,13 @@ twice as long. Asking for its strides makes it memory.
 """
 
 from collections.abc import Hashable
-from typing import Any
+from functools import partial
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
@@ -47,10 +48,7 @@ def _replace(program: Program, linear: Node) -> None:
     dtype, dims = linear.meta["val"].dtype, linear.meta["val"].dim()
     height, width = weight.meta["val"].shape
 
-    def call(target: Any, *args: Any) -> Node:
-        node = graph.call_function(target, args)
-        node.meta["nn_module_stack"] = linear.meta.get("nn_module_stack", {})
-        return node
+    call = partial(regions.call, program, linear)
 
     def cast(node: Node, given: torch.dtype, wanted: torch.dtype) -> Node:
         return node if given == wanted else call(aten.to.dtype, node, wanted)
