@@ -4,7 +4,7 @@ Before: y = silu(conv1d(x, w[:, None], bias, padding=K - 1, groups=C)[:, :, :T])
 After:  y = causal_conv1d(x, w, bias, None, None, apply_silu=True)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.passes.storage_writes import layout_matters, storage_of
 from fxfuse.patterns import readings
+from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "causal_conv1d"
 
@@ -52,6 +53,28 @@ def _operator_on(conv: Node, silu: bool) -> Any:
     return run
 
 
+def _accepted(
+    guards: Guards, judge: Judge, conv: Node, fixed: Collection[int | None]
+) -> tuple[Node, bool, list[Node]]:
+    """The last call that the operator computes, whether with SiLU, and all of them; raises Refused."""
+    inputs = [n for n in conv.args[:3] if isinstance(n, Node)]
+    limit = unsupported(RULE, *(n.meta["val"] for n in inputs))
+    if limit is not None:
+        raise Refused(conv, limit)
+    miss = Refused(conv, "run on random values it is no causal convolution")
+    for end, silu in ((end, silu) for end in _ends(conv) for silu in (True, False)):
+        region = behind([end], set(inputs))
+        if not judge.equal(region, [end], _operator_on(conv, silu), f"{RULE} {silu}"):
+            continue
+        reason = guards.reason(region, [end], {end.meta["val"].dtype, torch.float32})
+        if storage_of(end) in fixed:
+            reason = end, f"{end.name} leaves the graph, or its strides are read"
+        if reason is None:
+            return end, silu, region
+        miss = Refused(*reason)
+    raise miss
+
+
 def run(program: Program) -> Outcome:
     """Rewrite every causal convolution; one that is depthwise and not causal is reported."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
@@ -60,22 +83,10 @@ def run(program: Program) -> Outcome:
     for conv in program.calls(readings.CONV1D):
         if not _is_depthwise(conv):
             continue
-        inputs = {n for n in conv.args[:3] if isinstance(n, Node)}
-        miss: tuple[Node, str] = conv, "run on random values it is no causal convolution"
-        for end, silu in ((end, silu) for end in _ends(conv) for silu in (True, False)):
-            region = behind([end], inputs)
-            if not judge.equal(region, [end], _operator_on(conv, silu), f"{RULE} {silu}"):
-                continue
-            dtype = end.meta["val"].dtype
-            reason = guards.reason(region, [end], {dtype, torch.float32})
-            if storage_of(end) in fixed:
-                reason = end, f"{end.name} leaves the graph, or its strides are read"
-            if reason is None:
-                found.append((conv, end, silu, region))
-                break
-            miss = reason
-        else:
-            outcome.misses.append(Miss(RULE, module_path(conv), miss[0].name, miss[1]))
+        try:
+            found.append((conv, *_accepted(guards, judge, conv, fixed)))
+        except Refused as refusal:
+            outcome.misses.append(Miss(RULE, module_path(conv), refusal.node.name, refusal.reason))
     for conv, end, silu, region in found:
         x, weight, bias = (*conv.args, None)[:3]
         with program.graph.inserting_before(end):

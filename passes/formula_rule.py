@@ -10,10 +10,11 @@ from torch.fx import Node
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.passes.storage_writes import equal_sizes
 from fxfuse.patterns.formula import Formula
 from fxfuse.patterns.matcher import Bound, matches
+from fxfuse.runtime.ops.limits import unsupported
 
 
 @dataclass(frozen=True)
@@ -85,22 +86,25 @@ class FormulaRule:
     def _reason(
         self, guards: Guards, judge: Judge, region: Sequence[Node], node: Node, bound: Bound
     ) -> tuple[Node, str] | None:
-        why = self.refuse(bound)
+        operands = self._operands(bound)
+        values = (o.meta["val"] if isinstance(o, Node) else o for o in operands)
+        why = self.refuse(bound) or unsupported(self.target, *values)
         if why is not None:
             return node, why
         dtype = node.meta["val"].dtype
         found = guards.reason(region, [node], {dtype, torch.promote_types(dtype, torch.float32)})
         if found is not None:
             return found
-        operands = self._operands(bound)
 
         def candidate(values: Any) -> Sequence[torch.Tensor]:
             return [self.operator()(*(values[o] if isinstance(o, Node) else o for o in operands))]
 
         name = f"{self.target} {[o for o in operands if not isinstance(o, Node)]}"
-        if not judge.equal(region, [node], candidate, name):
-            return node, f"run on random values it is no {self.target}"
-        return None
+        try:
+            same = judge.equal(region, [node], candidate, name)
+        except Refused as refusal:
+            return refusal.node, refusal.reason
+        return None if same else (node, f"run on random values it is no {self.target}")
 
 
 def _nodes(bound: Bound) -> list[Node]:

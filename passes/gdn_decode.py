@@ -28,6 +28,7 @@ from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by,
 from fxfuse.passes.row_parts import Part, parts_of
 from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
+from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "gdn_decode"
 LARGEST_EPS = 1e-2
@@ -228,6 +229,9 @@ def _accepted(guards: Guards, judge: Judge, found: Candidate) -> Reading:
     for reading in readings(found):
         if any(part.linear.meta["val"].dtype != dtype for part in reading.parts):
             raise Refused(found.result, "its rows and its result differ in dtype")
+        limit = unsupported(RULE, *_operands(found, reading))
+        if limit is not None:
+            raise Refused(found.result, limit)
         name = f"{[part.features for part in reading.parts]} {reading.eps} {_order(found, reading)}"
         run = _operator_on(found, reading, shape)
         if judge.equal(found.region, [found.result], run, name, states):
@@ -235,6 +239,16 @@ def _accepted(guards: Guards, judge: Judge, found: Candidate) -> Reading:
     raise Refused(
         found.result, "run on random values it is no step of the gated delta rule as gdn_decode takes it"
     )
+
+
+def _operands(found: Candidate, reading: Reading) -> list[Tensor]:
+    """Tensors as the operator will see them, but without memory."""
+    parts = [
+        torch.empty(1, *dims, device="meta", dtype=part.linear.meta["val"].dtype)
+        for part, dims in zip(reading.parts, reading.sizes.dims(), strict=True)
+    ]
+    rest = (found.conv_state, reading.conv_weight, *reading.per_head, reading.norm_weight, found.state)
+    return [*parts, *(n.meta["val"] for n in rest)]
 
 
 def _order(found: Candidate, reading: Reading) -> list[int]:

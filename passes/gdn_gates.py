@@ -15,10 +15,11 @@ from torch.fx import Node
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.passes.storage_writes import equal_sizes
 from fxfuse.patterns import idioms, readings
 from fxfuse.patterns.matcher import Bound, matches
+from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "gdn_gates"
 ARGUMENTS = ("a", "b", "A_log", "dt_bias")
@@ -39,6 +40,23 @@ def _operator_on(bound: Bound) -> Any:
     return run
 
 
+def _accepted(guards: Guards, judge: Judge, rule: Node, decay: Node, rate: Node, bound: Bound) -> list[Node]:
+    """The calls that compute the gates and nothing else; raises Refused."""
+    limit = unsupported(RULE, *(bound[name].meta["val"] for name in ARGUMENTS))
+    if limit is not None:
+        raise Refused(decay, limit)
+    region = behind([decay, rate], set(bound.values()))
+    reason = guards.reason(region, [decay, rate], {bound["b"].meta["val"].dtype, torch.float32})
+    if reason is not None:
+        raise Refused(*reason)
+    shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)
+    if shared is not None:
+        raise Refused(shared, f"a gate is used by {shared.name}, too")
+    if not judge.equal(region, [decay, rate], _operator_on(bound), RULE):
+        raise Refused(decay, "run on random values they are no gates of the delta rule")
+    return region
+
+
 def run(program: Program) -> Outcome:
     """Rewrite the gates of every delta rule; report those that stay, with the node and the reason."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
@@ -50,18 +68,10 @@ def run(program: Program) -> Outcome:
         bound = _gates(decay, rate)
         if bound is None:
             continue
-        region = behind([decay, rate], set(bound.values()))
-        dtype = bound["b"].meta["val"].dtype
-        reason = guards.reason(region, [decay, rate], {dtype, torch.float32})
-        shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)
-        if reason is None and shared is not None:
-            reason = shared, f"a gate is used by {shared.name}, too"
-        if reason is None and not judge.equal(region, [decay, rate], _operator_on(bound), RULE):
-            reason = decay, "run on random values they are no gates of the delta rule"
-        if reason is not None:
-            outcome.misses.append(Miss(RULE, module_path(rule), reason[0].name, reason[1]))
-            continue
-        found.append((rule, bound, region))
+        try:
+            found.append((rule, bound, _accepted(guards, judge, rule, decay, rate, bound)))
+        except Refused as refusal:
+            outcome.misses.append(Miss(RULE, module_path(rule), refusal.node.name, refusal.reason))
     for rule, bound, region in found:
         with program.graph.inserting_before(rule):
             target: Any = torch.ops.fxfuse.gdn_gates.default

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, behind, call, erase
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.patterns import readings
 
 RULE = "grouped_query_attention"
@@ -77,7 +77,11 @@ def run(program: Program) -> Outcome:
         shape = query.meta["val"].shape  # type: ignore[union-attr]
         if len(shape) != 4 or not statically_known_true(shape[2] == 1):
             continue
-        keys, values = (_repeated(guards, judge, n) for n in (key, value))  # type: ignore[arg-type]
+        try:
+            keys, values = (_repeated(guards, judge, n) for n in (key, value))  # type: ignore[arg-type]
+        except Refused as refusal:
+            outcome.misses.append(Miss(RULE, module_path(attention), refusal.node.name, refusal.reason))
+            continue
         if keys is None or values is None or keys[1] != values[1]:
             continue
         reason = mask_is_by_row(attention) or is_causal(attention)

@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from fxfuse.passes.numbered_features import TRIALS
-from fxfuse.passes.regions import read_by
+from fxfuse.passes.regions import Refused, read_by
 
 # Elements that a value may have to be computed in float64: half a gigabyte.
 MOST_ELEMENTS = 2**26
@@ -47,6 +47,8 @@ class Judge:
             candidate: called with the values of the region's inputs, which it may write to.
             name: tells candidates apart where the regions are equal.
             given: a value for an input that must not be drawn at random, such as indices.
+
+        Raises Refused where an input is too large to be drawn.
         """
         key = name + "\n" + _structure(region, outputs, states)
         if key not in self._known:
@@ -64,8 +66,6 @@ class Judge:
         with unset_fake_temporarily(), torch.no_grad():
             for trial, magnitude in enumerate(MAGNITUDES):
                 inputs = _drawn(region, TRIALS[trial], magnitude, trial, given)
-                if inputs is None:
-                    return False
                 theirs, ours = _copied(inputs), _copied(inputs)
                 values = run(region, theirs)
                 expected = [values[node] for node in outputs] + [theirs[s] for s in states]
@@ -92,7 +92,7 @@ def _drawn(
     magnitude: float,
     seed: int,
     given: Callable[[Node, Sequence[int]], Tensor | None],
-) -> Values | None:
+) -> Values:
     sizes: dict[Any, int] = {}
     generator = torch.Generator().manual_seed(seed)
     values: Values = {}
@@ -102,9 +102,9 @@ def _drawn(
             values[node] = _concrete(value, sizes, primes)
             continue
         shape = [_concrete(size, sizes, primes) for size in value.shape]
-        if prod(shape) > MOST_ELEMENTS:
-            return None
         drawn = given(node, shape)
+        if drawn is None and prod(shape) > MOST_ELEMENTS:
+            raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
         if drawn is None and value.is_floating_point():
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * magnitude
         elif drawn is None:

@@ -12,7 +12,7 @@ shapes; whether all of it computes what the operator does, by running both.
 import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import chain, permutations, product
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
 from fxfuse.passes.judge import Judge
+from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by
 from fxfuse.passes.row_parts import Part, parts_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
+from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "qk_norm_rope_gate"
 LARGEST_EPS = 1e-2
@@ -249,6 +251,11 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             raise Refused(early, f"{early.name} reads {result.name} before the others are there")
 
     def given(node: Node, shape: Sequence[int]) -> Tensor | None:
+        """Positions from the start, and caches with no more room than those need."""
+        if node in found.caches:
+            length = found.query.meta["val"].shape[2]
+            room = length if isinstance(length, int) else max(chain(*TRIALS))
+            return torch.ones(*shape[:2], room, shape[3], dtype=torch.float64)
         is_position = any(node is write.args[2] for write in found.writes)
         return torch.arange(shape[0]) if is_position and len(shape) == 1 else None
 
@@ -257,6 +264,11 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     for reading in readings(program, found, region, weights, angles):
         if any(p.linear.meta["val"].dtype != dtype for p in (reading.query, reading.key, reading.value)):
             raise Refused(found.query, "its projections and its query differ in dtype")
+        heads = torch.empty(1, 1, 1, found.query.meta["val"].shape[3], device="meta", dtype=dtype)
+        rest = (*reading.weights, *reading.cos_sin, *found.caches)
+        limit = unsupported("qk_norm_rope", heads, heads, *(n.meta["val"] for n in rest))
+        if limit is not None:
+            raise Refused(found.query, limit)
         order = [inputs.index(n) for n in (*reading.weights, *reading.cos_sin)]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
         name = f"{RULE} {order} {features} {reading.eps}"

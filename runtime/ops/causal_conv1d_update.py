@@ -46,11 +46,16 @@ def reference(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
     return out
 
 
-def refusal(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> str | None:
-    """Why the kernel does not take these, or None."""
+def unsupported(x: Tensor, *rest: Tensor | None) -> str | None:
+    """Why the kernel takes these on no device, or None."""
     if x.shape[2] > MAX_LENGTH:
         return f"{x.shape[2]} tokens: the kernel is unrolled over at most {MAX_LENGTH}"
-    return triton_kernel.refusal(x, conv_state, weight, bias)
+    return triton_kernel.unsupported(x, *rest)
+
+
+def refusal(*given: Tensor | None) -> str | None:
+    """Why the kernel does not take these, in the order of `reference`, or None."""
+    return unsupported(*given) or triton_kernel.refusal(*given)  # type: ignore[arg-type]
 
 
 def _empty(x: Tensor) -> Tensor:

@@ -37,11 +37,16 @@ def reference(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
     return (normed * wide(weight) * F.silu(wide(gate))).to(x.dtype).contiguous()
 
 
-def refusal(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
-    """Why the kernel does not take these, or None."""
+def unsupported(x: Tensor, gate: Tensor, weight: Tensor) -> str | None:
+    """Why the kernel takes these on no device, or None."""
     if x.shape[-1] > MAX_FEATURES:
         return f"{x.shape[-1]} features: one program holds at most {MAX_FEATURES}"
-    return triton_kernel.refusal(x, gate, weight)
+    return triton_kernel.unsupported(x, gate, weight)
+
+
+def refusal(*given: Tensor) -> str | None:
+    """Why the kernel does not take these here, or None."""
+    return unsupported(*given) or triton_kernel.refusal(*given)
 
 
 @kernel

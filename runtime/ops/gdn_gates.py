@@ -44,11 +44,16 @@ def reference(
     return g.to(dtype).contiguous(), beta.to(dtype).contiguous()
 
 
-def refusal(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> str | None:
-    """Why the kernel does not take these, or None."""
+def unsupported(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> str | None:
+    """Why the kernel takes these on no device, or None."""
     if a.shape[-1] > MAX_HEADS:
         return f"{a.shape[-1]} heads: one program holds at most {MAX_HEADS}"
-    return triton_kernel.refusal(a, b, A_log, dt_bias)
+    return triton_kernel.unsupported(a, b, A_log, dt_bias)
+
+
+def refusal(*given: Tensor) -> str | None:
+    """Why the kernel does not take these here, or None."""
+    return unsupported(*given) or triton_kernel.refusal(*given)
 
 
 @kernel

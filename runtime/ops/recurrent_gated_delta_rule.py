@@ -56,12 +56,17 @@ def reference(
     return out
 
 
-def refusal(*tensors: Tensor) -> str | None:
-    """Why the kernel does not take these arguments, in the order of `reference`, or None."""
+def unsupported(*tensors: Tensor) -> str | None:
+    """Why the kernel takes these arguments, in the order of `reference`, on no device, or None."""
     key_dim = tensors[1].shape[-1]
     if key_dim > MAX_KEY_DIM:
         return f"key heads of {key_dim}: one program holds at most {MAX_KEY_DIM}"
-    return triton_kernel.refusal(*tensors)
+    return triton_kernel.unsupported(*tensors)
+
+
+def refusal(*tensors: Tensor) -> str | None:
+    """Why the kernel does not take these arguments here, or None."""
+    return unsupported(*tensors) or triton_kernel.refusal(*tensors)
 
 
 @kernel

@@ -45,11 +45,16 @@ def add_reference(
     return reference(total, weight, eps, zero_centred), total
 
 
-def refusal(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | None:
-    """Why the kernel does not take these, or None."""
+def unsupported(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> str | None:
+    """Why the kernel takes these on no device, or None."""
     if x.shape[-1] > MAX_FEATURES:
         return f"{x.shape[-1]} features: one program holds at most {MAX_FEATURES}"
-    return triton_kernel.refusal(x, weight, residual)
+    return triton_kernel.unsupported(x, weight, residual)
+
+
+def refusal(*given: Tensor) -> str | None:
+    """Why the kernel does not take these here, or None."""
+    return unsupported(*given) or triton_kernel.refusal(*given)
 
 
 @kernel

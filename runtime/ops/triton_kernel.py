@@ -80,26 +80,42 @@ def kernel(function: Callable[..., Any]) -> Any:
     return Kernel(function)
 
 
+def unsupported(*tensors: Tensor | None) -> str | None:
+    """Why no Triton kernel takes these tensors on any device, or None; integer dtypes are no reason."""
+    for dtype in (x.dtype for x in tensors if x is not None and x.is_floating_point()):
+        if dtype not in DTYPES:
+            return (
+                f"dtype {str(dtype).removeprefix('torch.')}: the kernels take float32, bfloat16 and float16"
+            )
+    return None
+
+
 def refusal(*tensors: Tensor | None) -> str | None:
-    """Why no Triton kernel takes these tensors, or None where one does; integer dtypes are no reason."""
-    present = [x for x in tensors if x is not None]
-    devices = {x.device for x in present}
+    """Why no Triton kernel takes these tensors where they are, or None where one does."""
+    devices = {x.device for x in tensors if x is not None}
     if len(devices) > 1:
         return f"tensors on {len(devices)} devices: {', '.join(sorted(map(str, devices)))}"
     (device,) = devices
     if device.type != "cuda":  # torch calls AMD's devices cuda as well
         return f"Triton has no kernels for {device.type}"
-    for dtype in (x.dtype for x in present if x.is_floating_point()):
-        if dtype not in DTYPES:
-            return (
-                f"dtype {str(dtype).removeprefix('torch.')}: the kernels take float32, bfloat16 and float16"
-            )
-    return None if _has_triton() else "triton is not installed"
+    return unsupported(*tensors) or (None if _has_triton() else "triton is not installed")
 
 
 @functools.cache
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """How kernels multiply float32 matrices: to 16 bits for results of half precision, else to all 24.
+
+    Sums of products of bfloat16 parts, which every tensor core has; the interpreter multiplies in float32.
+    """
+    import triton
+
+    if triton.knobs.runtime.interpret:
+        return "ieee"
+    return "bf16x6" if dtype == torch.float32 else "bf16x3"
 
 
 def power_of_2(n: int) -> int:

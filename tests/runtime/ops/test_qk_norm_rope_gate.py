@@ -78,6 +78,19 @@ def test_one_position_is_the_first_of_all() -> None:
     assert each[7][:, :, :2].eq(0).all() and each[7][:, :, 2:7].ne(0).all() and each[7][:, :, 7:].eq(0).all()
 
 
+def test_without_weights_it_only_rotates() -> None:
+    given = arguments(torch.float32)
+    given[3] = given[4] = None
+    query, key, value = given[0][..., :DIM], given[1], given[2]
+    wanted = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *given[5:7])
+    torch.testing.assert_close(qk_norm_rope(query, *given[1:]), wanted[0])
+    torch.testing.assert_close(given[7][:, :, 2:7], wanted[1])
+    assert torch.equal(given[8][:, :, 2:7], value.transpose(1, 2))
+    torch.library.opcheck(qk_norm_rope_gate, tuple(given))
+    with pytest.raises(ValueError, match="one of the norms has a weight"):
+        qk_norm_rope_gate(*given[:3], torch.zeros(DIM), *given[4:])
+
+
 def test_wrong_shapes_and_what_the_kernel_does_not_take_are_named() -> None:
     given = arguments(torch.float32)
     with pytest.raises(ValueError, match=r"value is \(2, 5, 1, 32\), not \(2, 5, 2, 32\)"):
@@ -88,7 +101,7 @@ def test_wrong_shapes_and_what_the_kernel_does_not_take_are_named() -> None:
         qk_norm_rope_gate(*given[:5], given[5][..., 1:], given[6][..., 1:], *given[7:])
     with pytest.raises(ValueError, match="heads of 63 features"):
         qk_norm_rope_gate(given[0][..., 1:], *given[1:])
-    assert f"heads of {MAX_HEAD_DIM + 1}" in (refusal(torch.empty(1, 1, 1, MAX_HEAD_DIM + 1)) or "")
+    assert f"heads of {MAX_HEAD_DIM + 1}" in (refusal(*[torch.empty(1, 1, 1, MAX_HEAD_DIM + 1)] * 2) or "")
     assert "cpu" in (refusal(*given[:9]) or "")
 
 

@@ -28,6 +28,7 @@ profile = settings.get_profile("kernels")
             "one_position": st.booleans(),
             "gate": st.booleans(),
             "shared": st.booleans(),
+            "norm": st.sampled_from([True, True, False]),
         }
     ),
     st.integers(0, 2**20),
@@ -49,7 +50,7 @@ def test_it_is_the_reference(
     query_gate, key, value = (
         x.unflatten(-1, (n, -1)) for x, n in zip(parts, (heads, kv_heads, kv_heads), strict=True)
     )
-    weights = [make(seed + i, head_dim, dtype=dtype) for i in (1, 2)]
+    weights = [make(seed + i, head_dim, dtype=dtype) if options["norm"] else None for i in (1, 2)]
     angles = [
         make(seed + i, 1 if options["shared"] else batch, length, rotary, dtype=options["cos"])
         for i in (3, 4)
