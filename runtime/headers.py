@@ -11,15 +11,26 @@ from fxfuse.passes.weights import TensorSpec, WeightPlan
 from fxfuse.runtime.safetensors_file import Entry, read_entries
 
 CONFIG = "config.json"
+QUANTIZATION = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 PLAN = "fxfuse_plan.json"
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """The checkpoint's config.json; raises CheckpointError when it is missing or no JSON object."""
+    """The checkpoint's config.json, with what ModelOpt says of the weights in a file of its own.
+
+    Raises CheckpointError when a file is missing or no JSON object.
+    """
     if not directory.is_dir():
         raise CheckpointError(f"{directory}: not a directory; give the directory that holds {CONFIG}")
-    return _read_object(directory / CONFIG)
+    config = _read_object(directory / CONFIG)
+    beside = directory / QUANTIZATION
+    if "quantization_config" not in config and beside.exists():
+        fields = _read_object(beside).get("quantization")
+        if not isinstance(fields, dict):
+            raise CheckpointError(f'{beside}: says nothing under "quantization"; fetch it again')
+        config["quantization_config"] = {"quant_method": "modelopt", **fields}
+    return config
 
 
 def read_plan(directory: Path) -> WeightPlan | None:

@@ -23,7 +23,7 @@ from fxfuse.runtime.layouts.merging import to_fused
 from fxfuse.runtime.layouts.scales import Step, with_scales
 from fxfuse.runtime.layouts.sglang import LOGICAL, to_sglang
 from fxfuse.runtime.layouts.tensor_parallel import shards
-from fxfuse.runtime.quantization import scheme_of
+from fxfuse.runtime.quantization import check_formats, scheme_of
 from fxfuse.runtime.recognise import way_back
 from fxfuse.runtime.template import load_config, template
 
@@ -130,6 +130,8 @@ def _steps(subject: _Subject, layout: str, tp: tuple[int, int] | None = None) ->
     geometry = geometry_of(subject.config) if by_heads else Geometry()
     geometry = with_experts(geometry, subject.config, family.experts)
     scheme = scheme_of(subject.config)
+    layers = Decoder(family, geometry, tensors).of_layers()
+    check_formats((spec for _, layer in layers for spec in layer.values()), scheme)
     steps: list[Step] = []
     present = Draft(tensors)
     if tp is not None:

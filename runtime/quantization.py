@@ -1,10 +1,13 @@
 """How a checkpoint's weights are quantised, by its config; what is no scale beside whole rows is refused."""
 
-from collections.abc import Mapping
+import fnmatch
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fxfuse.errors import PlanError
+from fxfuse.passes.weights import TensorSpec
 
 _STRATEGIES = ("tensor", "channel", "block")
 
@@ -15,13 +18,21 @@ class Scheme:
 
     `strategy` is what one scale is for: a whole "tensor", an output "channel", or a "block" of `block` rows
     and columns. The name of a format in words goes into messages. `plain` lists modules that are left as they
-    are, by their names or the last parts of them; None where only the files say.
+    are, by their names or the last parts of them, or by a regular expression after "re:" that a name begins
+    with; None where only the files say. `powers_of_two`: scales are ue8m0, whose tables may have a row for
+    each row of the weight. `table` is what the scales of blocks are called.
     """
 
     name: str
     strategy: str
     block: tuple[int, int] = (1, 1)
     plain: tuple[str, ...] | None = None
+    powers_of_two: bool = False
+    table: str = "weight_scale_inv"
+
+    def excepts(self, names: Iterable[str]) -> bool:
+        """Whether a module that goes by any of `names` is left as it is."""
+        return any(_is_meant(name, pattern) for name in names for pattern in self.plain or ())
 
 
 def scheme_of(config: Any) -> Scheme | None:
@@ -32,7 +43,11 @@ def scheme_of(config: Any) -> Scheme | None:
     fields = getattr(config, "quantization_config", None)
     if fields is None:
         text = getattr(config, "text_config", None)
-        fields = text.get("quantization_config") if isinstance(text, dict) else None
+        fields = (
+            text.get("quantization_config")
+            if isinstance(text, dict)
+            else getattr(text, "quantization_config", None)
+        )
     if fields is None:
         return None
     fields = fields if isinstance(fields, Mapping) else vars(fields)
@@ -41,9 +56,15 @@ def scheme_of(config: Any) -> Scheme | None:
     if method == "fp8":
         plain = fields.get("modules_to_not_convert") or ()
         scheme = _of_blocks("fp8", fields.get("weight_block_size"), "tensor")
-        return replace(scheme, plain=tuple(map(str, plain)))
+        return replace(scheme, plain=tuple(map(str, plain)), powers_of_two=fields.get("scale_fmt") == "ue8m0")
     if method == "compressed-tensors":
         return _of_compressed_tensors(fields)
+    if method == "modelopt" and str(fields.get("quant_algo")).upper() == "FP8":
+        # ModelOpt writes shell patterns, compressed-tensors' form of its config a list of the same
+        plain = fields.get("exclude_modules") or fields.get("ignore") or ()
+        return Scheme(
+            "modelopt FP8", "tensor", plain=tuple("re:" + fnmatch.translate(str(name)) for name in plain)
+        )
     name = str(fields.get("quant_algo") or method or fields.get("gguf_file") or "an unknown method")
     raise PlanError(f"weights quantised with {name}: {_REASON}")
 
@@ -53,10 +74,49 @@ _REASON = (
     "take the unquantised or the FP8 checkpoint"
 )
 
+# what stands beside quantised weights alone, and whose it is: the surest first, FP8's scales last
+_PACKED = {
+    "qweight": "GPTQ or AWQ",
+    "qzeros": "GPTQ or AWQ",
+    "g_idx": "GPTQ",
+    "weight_packed": "compressed-tensors",
+    "weight_scale_2": "NVFP4",
+}
+_SCALES = {"weight_scale_inv": "FP8", "weight_scale": "FP8 or INT8", "input_scale": "FP8"}
+
+
+def check_formats(tensors: Iterable[TensorSpec], scheme: Scheme | None) -> None:
+    """Raises PlanError for the tensors of a decoder's layers that are quantised otherwise than by the scheme.
+
+    Rows of packed values are no rows of weights, and rows of FP8 are lost without the scales that only a
+    scheme moves along.
+    """
+    by_leaf: dict[str, str] = {}
+    for spec in tensors:
+        leaf = spec.name.rpartition(".")[2]
+        by_leaf.setdefault(leaf, spec.name)
+        if leaf == "weight" and (spec.dtype or "").startswith(("int", "uint")):
+            by_leaf.setdefault("integers", spec.name)
+    marks = _PACKED | ({} if scheme is not None else {**_SCALES, "integers": "an unknown method"})
+    for leaf, how in marks.items():
+        if leaf in by_leaf:
+            said = "no quantization_config" if scheme is None else scheme.name
+            raise PlanError(
+                f"{by_leaf[leaf]}: of weights quantised with {how}, while the config says {said}; fetch the "
+                "checkpoint's config.json again, or take the unquantised or the FP8 checkpoint"
+            )
+
+
+def _is_meant(name: str, pattern: str) -> bool:
+    if pattern.startswith("re:"):
+        return re.match(pattern.removeprefix("re:"), name) is not None
+    return name == pattern or name.startswith(pattern + ".") or name.endswith("." + pattern)
+
 
 def _of_compressed_tensors(fields: Mapping[str, Any]) -> Scheme:
     groups = fields.get("config_groups")
-    weights = [group.get("weights") or {} for group in groups.values()] if isinstance(groups, Mapping) else []
+    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    weights = [group.get("weights") or {} for group in groups]
     kinds = {(w.get("type"), w.get("num_bits"), w.get("strategy")) for w in weights}
     name = f"compressed-tensors {fields.get('format', '')}".strip()
     if len(kinds) != 1:
@@ -65,7 +125,10 @@ def _of_compressed_tensors(fields: Mapping[str, Any]) -> Scheme:
     if (kind, bits) != ("float", 8) or strategy not in _STRATEGIES:
         raise PlanError(f"weights quantised with {name} ({kind} of {bits} bits by {strategy}): {_REASON}")
     block = weights[0].get("block_structure") if strategy == "block" else None
-    return _of_blocks(name, block, strategy)
+    scheme = replace(_of_blocks(name, block, strategy), table="weight_scale")
+    if all(group.get("targets") == ["Linear"] for group in groups):
+        scheme = replace(scheme, plain=tuple(map(str, fields.get("ignore") or ())))
+    return scheme
 
 
 def _of_blocks(name: str, block: Any, otherwise: str) -> Scheme:

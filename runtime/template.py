@@ -9,6 +9,7 @@ from torch import nn
 
 from fxfuse.errors import CheckpointError
 from fxfuse.passes.weights import Draft, TensorSpec
+from fxfuse.passes.weights.plan import DECODER_PREFIXES
 from fxfuse.runtime.families import Family
 from fxfuse.runtime.layouts.decoder import Decoder
 from fxfuse.runtime.layouts.experts import to_single
@@ -70,18 +71,18 @@ def template(config: Any, family: Family, scheme: Scheme | None) -> dict[str, Te
 
 
 def _is_plain(weight: str, scheme: Scheme) -> bool:
-    """Whether the module of a weight is excepted: by its whole name, the name of a part of the model that it
-    is in, or the last parts of its name, under whatever prefix the decoder has there."""
+    """Whether the module of a weight is excepted, under whatever prefix the decoder has there."""
     module = bare(weight.removesuffix(".weight"))
-    for excepted in map(bare, scheme.plain or ()):
-        if module == excepted or module.startswith(excepted + ".") or module.endswith("." + excepted):
-            return True
-    return False
+    return scheme.excepts(prefix + module for prefix in DECODER_PREFIXES)
 
 
 def _scales(weight: TensorSpec, scheme: Scheme) -> list[TensorSpec]:
     if scheme.strategy == "block":
         rows, columns = (-(-size // block) for size, block in zip(weight.shape, scheme.block, strict=True))
-        return [TensorSpec(scale_name(weight.name, "weight_scale_inv"), (rows, columns))]
+        return [TensorSpec(scale_name(weight.name, scheme.table), (rows, columns))]
+    shape = (weight.rows, 1) if scheme.strategy == "channel" else ()
     # what is not in the files is dropped when the plan is bound
-    return [TensorSpec(scale_name(weight.name, kind), ()) for kind in ("weight_scale", "input_scale")]
+    return [
+        TensorSpec(scale_name(weight.name, "weight_scale"), shape),
+        TensorSpec(scale_name(weight.name, "input_scale"), ()),
+    ]

@@ -25,7 +25,7 @@ from fxfuse.runtime.quantization import Scheme
 _INPUTS = ("input_scale", "activation_scale")
 _OF_WEIGHTS = ("weight_scale_inv", "weight_scale")
 SCALES = (*_OF_WEIGHTS, *_INPUTS)
-_OTHER = ("weight_scale_2", "weight_zero_point", "weight_offset", "weight_packed", "qweight", "g_idx")
+_OTHER = ("weight_zero_point", "weight_offset")
 
 # experts as one tensor: a parameter without a leaf of its own
 _STACK = re.compile(r"(.*\.)?experts\.(gate_up|down)_proj")
@@ -232,13 +232,19 @@ def _per_channel(
     tensors: Mapping[str, TensorSpec],
     dtype: str | None,
 ) -> Transform | None:
-    """The weight's rows; a rank's columns keep all of them."""
+    """The weight's rows, wherever its blocks have them; a rank's columns keep all of them."""
     for name, scale in names.items():
         if tensors[scale].rows * tensors[scale].width != tensors[name].rows:
             raise PlanError(f"{tensors[scale]}: {tensors[name]} needs one scale for each of its rows")
-    if transform.beside or any(block.transposed for block in transform.rows.segments):
-        raise PlanError(f"{transform.target.name}: scales by output channel cannot be turned with the weight")
-    rows = RowMap(tuple(replace(block, columns=None) for block in transform.rows.segments)).renamed(names)
+    # output channels run along a turned weight's columns, from panel to panel
+    panels = [panel.segments for panel in transform.panels]
+    turned = [block.transposed for panel in panels for block in panel]
+    if len(panels) > 1 or any(turned):
+        if not all(turned) or any(len(panel) > 1 for panel in panels):
+            raise PlanError(f"{transform.target.name}: its output channels are no rows of scales any more")
+    rows = RowMap(
+        tuple(replace(block, columns=None, transposed=False) for panel in panels for block in panel)
+    ).renamed(names)
     first = tensors[next(iter(names.values()))]
     if target == first.name and rows == RowMap.identity(first.name, first.rows):
         return None
@@ -262,7 +268,8 @@ def _block_of(
         # blocks end with their expert
         high = tensors[name].shape[1] if is_stack(name) else rows
         blocks_of_rows = -(-high // scheme.block[0]) * (rows // high)
-        by_row = table.dtype == "float8_e8m0fnu" and table.shape == _shape(tensors[name], rows, columns)
+        ue8m0 = scheme.powers_of_two or table.dtype == "float8_e8m0fnu"
+        by_row = ue8m0 and table.shape == _shape(tensors[name], rows, columns)
         if is_stack(name) and not by_row and high % scheme.block[0]:
             raise PlanError(
                 f"{table}: blocks of {scheme.block[0]} rows do not end with an expert's {high}; its last one "

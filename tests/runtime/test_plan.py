@@ -20,7 +20,6 @@ from transformers import (
     Qwen3_5ForCausalLM,
     Qwen3_5ForConditionalGeneration,
     Qwen3_5MoeConfig,
-    Qwen3_5TextConfig,
 )
 
 from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
@@ -231,30 +230,6 @@ def test_unknown_names_are_refused_with_the_known_ones(narrow: Any) -> None:
         plan(torch.nn.Linear(2, 2))
     with pytest.raises(UnsupportedModelError, match="no plan for a int"):
         plan(3)  # type: ignore[arg-type]
-
-
-def test_quantised_weights_are_refused_by_format(narrow: Any, tmp_path: Path) -> None:
-    weights = narrow.model("dense").state_dict()
-    for name, fields in {
-        "gptq": {"quant_method": "gptq"},
-        "awq": {"quant_method": "awq"},
-        "NVFP4": {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        "gguf": {"quant_method": "gguf"},
-        "compressed-tensors pack-quantized": {
-            "quant_method": "compressed-tensors",
-            "format": "pack-quantized",
-            "config_groups": {"group_0": {"weights": {"type": "int", "num_bits": 4, "strategy": "group"}}},
-        },
-    }.items():
-        narrow.write(tmp_path, weights, narrow.configs["dense"].to_dict() | {"quantization_config": fields})
-        with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
-            plan(tmp_path)
-        with pytest.raises(PlanError, match=f"quantised with {name}.* take the unquantised"):
-            plan(Qwen3_5TextConfig(**narrow.sizes, quantization_config=fields))
-    groups = {"group_0": {"weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}}
-    fields = {"quant_method": "compressed-tensors", "config_groups": groups}
-    with pytest.raises(PlanError, match="quantised with compressed-tensors: only the files say"):
-        plan(Qwen3_5TextConfig(**narrow.sizes, quantization_config=fields))
 
 
 # --- checkpoints

@@ -50,7 +50,18 @@ PLAIN = [
 STACK = "model.layers.1.mlp.experts."
 
 
+# the same modules as compressed-tensors and ModelOpt write them
+IGNORED = ["lm_head", "re:.*linear_attn.in_proj_[ab]$", "re:.*mlp.gate$", "re:.*shared_expert_gate$"]
+GLOBS = ["lm_head", "*linear_attn.in_proj_a", "*.in_proj_b", "model.layers.*.mlp.gate", "*shared_expert_gate"]
+
+
 def fields(strategy: str) -> dict[str, Any]:
+    if strategy == "channel":
+        weights = {"type": "float", "num_bits": 8, "strategy": "channel"}
+        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+        return {"quant_method": "compressed-tensors", "config_groups": groups, "ignore": IGNORED}
+    if strategy == "modelopt":
+        return {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": GLOBS}
     given: dict[str, Any] = {"quant_method": "fp8", "modules_to_not_convert": PLAIN}
     return given | ({"weight_block_size": [BLOCK, BLOCK]} if strategy == "block" else {})
 
@@ -82,6 +93,8 @@ def weights_of(kind: str, strategy: str) -> dict[str, torch.Tensor]:
         if strategy == "block":
             table = [-(-size // BLOCK) for size in tensor.shape]
             result[f"{module}.weight_scale_inv"] = torch.rand(table) + 0.5
+        elif strategy == "channel":
+            result[f"{module}.weight_scale"] = torch.rand(tensor.shape[0], 1) + 0.5
         else:
             one: list[tuple[int, ...]] = [(), (1,), (1, 1)]
             result[f"{module}.weight_scale"] = torch.tensor(float(i + 1)).reshape(one[i % 3])
@@ -99,7 +112,7 @@ def bits(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tensor.dtype, tensor.shape, tensor.contiguous().reshape(-1).view(torch.uint8).tolist()
 
 
-@pytest.mark.parametrize("strategy", ["block", "tensor"])
+@pytest.mark.parametrize("strategy", ["block", "tensor", "channel", "modelopt"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("layout", ["hf", "fused", "sglang"])
 def test_a_config_gives_the_plan_of_its_files(kind: str, strategy: str, layout: str, tmp_path: Path) -> None:
@@ -110,7 +123,7 @@ def test_a_config_gives_the_plan_of_its_files(kind: str, strategy: str, layout: 
     assert bound.digest == from_files.digest
 
 
-@pytest.mark.parametrize("strategy", ["block", "tensor"])
+@pytest.mark.parametrize("strategy", ["block", "tensor", "channel", "modelopt"])
 @pytest.mark.parametrize("kind", ["dense", "moe"])
 @pytest.mark.parametrize("layout", ["fused", "sglang"])
 def test_fused_fp8_files_of_other_programs_are_recognised(
