@@ -70,9 +70,13 @@ def run(program: Program) -> Outcome:
     """Rewrite every linear over one row on a CPU; linears over more rows are no candidates."""
     outcome = Outcome()
     mode = modes(program.graph, program.grad_enabled)
-    for linear in program.calls(ops.LINEAR):
-        if not (has_one_row(linear) and runs_on_cpu(linear) and runs_plainly(mode[linear])):
-            continue
+    # All of them before the first is replaced: one that feeds another leaves no value behind to ask for.
+    found = [
+        linear
+        for linear in program.calls(ops.LINEAR)
+        if has_one_row(linear) and runs_on_cpu(linear) and runs_plainly(mode[linear])
+    ]
+    for linear in found:
         weight = weight_of(linear)
         name = program.name_of(weight)
         members = program.members_of(weight) if name else ()

@@ -40,6 +40,13 @@ def test_a_linear_over_one_row_is_rewritten(rewrite_equal: Any, shape: tuple[int
     )
 
 
+def test_linears_that_feed_each_other_directly(rewrite_equal: Any) -> None:
+    """As an adapter's two small ones do."""
+    module = nn.Sequential(nn.Linear(8, 4, bias=False), nn.Linear(4, 6, bias=False), nn.Linear(6, 5))
+    rewritten = rewrite_equal(module, [integer_tensor((1, 8), 0)], passes=PASS)
+    assert [match.where for match in matches(rewritten)] == ["0", "1", "2"]
+
+
 @pytest.mark.parametrize("shape", [(2, 8), (1, 2, 8), (3, 1, 8), (0, 8)])
 def test_a_linear_over_more_or_fewer_rows_is_not(rewrite_equal: Any, shape: tuple[int, ...]) -> None:
     rewritten = rewrite_equal(nn.Linear(8, 5), [integer_tensor(shape, 0)], passes=PASS)
