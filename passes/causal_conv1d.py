@@ -23,7 +23,7 @@ from fxfuse.runtime.ops.limits import unsupported
 RULE = "causal_conv1d"
 
 
-def _is_depthwise(conv: Node) -> bool:
+def is_depthwise(conv: Node) -> bool:
     x, weight, groups = conv.args[0], conv.args[1], conv.args[6] if len(conv.args) > 6 else 1
     if not isinstance(x, Node) or not isinstance(weight, Node) or x.meta["val"].dim() != 3:
         return False
@@ -31,7 +31,7 @@ def _is_depthwise(conv: Node) -> bool:
     return groups == shape[0] and shape[1] == 1 and statically_known_true(x.meta["val"].shape[1] == groups)
 
 
-def _ends(conv: Node) -> Iterator[Node]:
+def ends_of(conv: Node) -> Iterator[Node]:
     """The last nodes that the operator may compute, the farthest first."""
     chain = [conv]
     while len(chain[-1].users) == 1:
@@ -62,7 +62,7 @@ def _accepted(
     if limit is not None:
         raise Refused(conv, limit)
     miss = Refused(conv, "run on random values it is no causal convolution")
-    for end, silu in ((end, silu) for end in _ends(conv) for silu in (True, False)):
+    for end, silu in ((end, silu) for end in ends_of(conv) for silu in (True, False)):
         region = behind([end], set(inputs))
         if not judge.equal(region, [end], _operator_on(conv, silu), f"{RULE} {silu}"):
             continue
@@ -81,7 +81,7 @@ def run(program: Program) -> Outcome:
     fixed = layout_matters(program.graph)
     found: list[tuple[Node, Node, bool, list[Node]]] = []
     for conv in program.calls(readings.CONV1D):
-        if not _is_depthwise(conv):
+        if not is_depthwise(conv):
             continue
         try:
             found.append((conv, *_accepted(guards, judge, conv, fixed)))

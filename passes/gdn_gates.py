@@ -61,7 +61,7 @@ def run(program: Program) -> Outcome:
     """Rewrite the gates of every delta rule; report those that stay, with the node and the reason."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
     found: list[tuple[Node, Bound, list[Node]]] = []
-    for rule in program.calls(readings.CHUNKED_DELTA_RULE):
+    for rule in program.calls(readings.CHUNKED_DELTA_RULE, readings.RECURRENT_DELTA_RULE):
         decay, rate = rule.args[3:5]
         if not isinstance(decay, Node) or not isinstance(rate, Node):
             continue

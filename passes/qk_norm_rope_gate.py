@@ -4,7 +4,8 @@ Before: q, gate = chunk(row_q, 2, -1); q = rope(norm(q), cos, sin); k = rope(nor
         key_cache.index_copy_(2, positions, k); value_cache.index_copy_(2, positions, row_v)
 After:  q, gate = qk_norm_rope_gate(row_q, row_k, row_v, …, cos, sin, key_cache, value_cache, positions, eps)
 
-Without a static cache the call writes to memory of its own, from where k is read. Which features of the
+Without a static cache the call writes to memory of its own, from where k is read; where nothing is normed it
+is given no weights. Which features of the
 projections are query, gate, key and value is told by numbering them, what the other inputs are by their
 shapes; whether all of it computes what the operator does, by running both.
 """
@@ -61,13 +62,16 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Reading:
-    """One way to read a candidate's inputs as the operator's arguments; `gate` is None where it stays."""
+    """One way to read a candidate's inputs as the operator's arguments.
+
+    `gate` is None where it stays, `weights` are where nothing is normed.
+    """
 
     query: Part
     gate: Part | None
     key: Part
     value: Part
-    weights: tuple[Node, Node]
+    weights: tuple[Node | None, Node | None]
     cos_sin: tuple[Node, Node]
     eps: float
 
@@ -157,7 +161,7 @@ def readings(
     kv_heads = found.key.meta["val"].shape[1]
     if not all(isinstance(n, int) for n in (heads, head_dim, kv_heads)):
         raise Refused(found.query, "the number or size of its heads varies")
-    if not 1 <= len(weights) <= 2 or len(angles) != 2:
+    if len(weights) > 2 or len(angles) != 2:
         raise Refused(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
         )
@@ -174,7 +178,9 @@ def readings(
     if not (queries and keys and values):
         raise Refused(found.query, "its query, key and value are no parts of projections")
     epsilons = sorted({x for n in region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)})
-    orders = list(permutations(weights)) if len(weights) == 2 else [(weights[0], weights[0])]
+    orders: list[Any] = list(permutations(weights)) if len(weights) == 2 else [tuple(weights) * 2]
+    if not weights:
+        orders, epsilons = [(None, None)], [0.0]
     for parts in product(queries, keys, values):
         query, key, value = parts
         gate = next((g for g in gates if (whole := _joined(query, g, heads)) and whole.is_strided), None)
@@ -229,7 +235,7 @@ def _operator_on(found: Candidate, reading: Reading) -> Any:
             caches = [torch.empty_like(key.transpose(1, 2).contiguous()) for _ in range(2)]
             positions = torch.zeros(1, dtype=torch.long)
         angles = [_flat_angles(values[n]) for n in reading.cos_sin]
-        vectors = [values[n] for n in reading.weights]
+        vectors = [None if n is None else values[n] for n in reading.weights]
         out = torch.ops.fxfuse.qk_norm_rope(
             query, key, value, *vectors, *angles, *caches, positions, reading.eps
         )
@@ -266,10 +272,10 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             raise Refused(found.query, "its projections and its query differ in dtype")
         heads = torch.empty(1, 1, 1, found.query.meta["val"].shape[3], device="meta", dtype=dtype)
         rest = (*reading.weights, *reading.cos_sin, *found.caches)
-        limit = unsupported("qk_norm_rope", heads, heads, *(n.meta["val"] for n in rest))
+        limit = unsupported("qk_norm_rope", heads, heads, *(n.meta["val"] for n in rest if n is not None))
         if limit is not None:
             raise Refused(found.query, limit)
-        order = [inputs.index(n) for n in (*reading.weights, *reading.cos_sin)]
+        order = [inputs.index(n) for n in (*reading.weights, *reading.cos_sin) if n is not None]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
         name = f"{RULE} {order} {features} {reading.eps}"
         if judge.equal(region, outputs, _operator_on(found, reading), name, found.caches, given):

@@ -64,7 +64,7 @@ class Sum(Formula):
 
 @dataclass(frozen=True)
 class Call(Formula):
-    """A function of one argument: exp, sigmoid, softplus, or mean over the last dimension, which is kept."""
+    """A function of one argument: exp, sigmoid, softplus; mean, sum over the last dimension, kept."""
 
     function: str
     argument: Formula = field(hash=True)
@@ -72,6 +72,11 @@ class Call(Formula):
 
 def mean(x: Formula) -> Call:
     return Call("mean", x)
+
+
+def total(x: Formula) -> Call:
+    """The sum over the last dimension, which is kept."""
+    return Call("sum", x)
 
 
 def exp(x: Formula) -> Call:

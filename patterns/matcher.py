@@ -234,6 +234,9 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
     name = str(term.target)
     if function == "mean":
         yield from _averaged(term)
+    elif function == "sum":
+        if name == "aten.sum.dim_IntList" and _over_last(term):
+            yield term.args[0]  # type: ignore[misc]
     elif function == "softplus":
         if name == "aten.softplus.default" and len(term.args) == 1 and not term.kwargs:
             yield term.args[0]  # type: ignore[misc]

@@ -33,6 +33,7 @@ SUMS = {
 CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"
 CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
+RECURRENT_DELTA_RULE = "fxfuse.recurrent_gated_delta_rule.default"
 
 # Cut or repeat keys and values on their way to attention.
 REPEATS = BROADCASTS | frozenset(

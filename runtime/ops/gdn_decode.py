@@ -136,8 +136,7 @@ def unsupported(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None)
 
 def refusal(query: Tensor, key: Tensor, value: Tensor, *rest: Tensor | None) -> str | None:
     """Why the kernel does not take these here, or None."""
-    given = (query, key, value, *rest)
-    return unsupported(*given) or triton_kernel.refusal(*given)
+    return unsupported(query, key, value, *rest) or triton_kernel.refusal(query, key, value, *rest)
 
 
 def launch(*arguments: Any) -> Tensor:

@@ -53,7 +53,8 @@ class Step(nn.Module):
         if self.change == "heads in another order":
             v = v.flip(1)
         eps = 1e-4 if self.change == "another epsilon of the l2 norm" else 1e-6
-        q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + eps) for t in (q, k))
+        if self.change != "no l2 norms":
+            q, k = (t * torch.rsqrt((t * t).sum(-1, keepdim=True) + eps) for t in (q, k))
         g = -self.A_log.exp() * F.softplus(a + self.dt_bias)
         if self.change == "no softplus":
             g = -self.A_log.exp() * F.relu(a + self.dt_bias)
@@ -79,6 +80,8 @@ class Step(nn.Module):
         if self.change == "the state is written again":
             state.mul_(2)
         z = z.reshape(batch, HV, DV)
+        if self.change == "another norm behind":
+            return F.linear((F.layer_norm(y, (DV,)) * z).reshape(batch, 1, HV * DV), self.out)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * self.norm * F.silu(z)
         out = F.linear(y.reshape(batch, 1, HV * DV), self.out)
         read = self.change in ("an intermediate is read", "the state is read in between")
@@ -141,6 +144,128 @@ def test_what_is_not_quite_a_step_stays_as_it_is(change: str) -> None:
         assert CHANGES[change] in miss.reason and miss.node
 
 
+PARTS = ("recurrent_gated_delta_rule", "causal_conv1d_update", "gdn_gates", "gated_rms_norm")
+ALONE = {  # which parts are found of what is no whole step
+    "": PARTS,
+    "another norm behind": PARTS[:3],
+    "no l2 norms": PARTS,
+    "the convolution's state stays": ("recurrent_gated_delta_rule", "gdn_gates", "gated_rms_norm"),
+    "no silu": PARTS,
+    "heads in another order": PARTS,
+    "another epsilon of the l2 norm": PARTS,
+    "no softplus": ("recurrent_gated_delta_rule", "causal_conv1d_update", "gated_rms_norm"),
+    "twice the rate": ("recurrent_gated_delta_rule", "causal_conv1d_update", "gated_rms_norm"),
+    "an intermediate is read": ("causal_conv1d_update", "gated_rms_norm"),
+    "half the precision inside": ("causal_conv1d_update", "gated_rms_norm"),
+    "the state is read in between": ("causal_conv1d_update", "gated_rms_norm"),
+    "the state is written again": ("causal_conv1d_update", "gated_rms_norm"),
+}
+
+
+@pytest.mark.parametrize("spelling", ["", "einsum"])
+@pytest.mark.parametrize("change", ALONE)
+def test_the_parts_of_what_is_no_whole_step_are_calls_of_their_own(change: str, spelling: str) -> None:
+    found = rewrite_and_compare(Step(change, spelling), inputs(), list(PARTS))
+    assert {name for name in PARTS if calls(found, name)} == set(ALONE[change])
+
+
+def test_the_recurrence_takes_the_norms_of_its_query_and_key_or_leaves_them() -> None:
+    for change, normalise in (("", True), ("no l2 norms", False), ("another epsilon of the l2 norm", False)):
+        graph = rewrite_and_compare(Step(change), inputs(), list(PARTS)).graph_module.graph
+        (rule,) = (n for n in graph.nodes if "recurrent" in str(n.target))
+        assert rule.args[-1] is normalise
+
+
+class Normalised(nn.Module):
+    """A chunked delta rule whose query and key are l2-normalised before it."""
+
+    def __init__(self, norm: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+        rule = torch.ops.fxfuse.chunk_gated_delta_rule
+        return rule(self.norm(q), self.norm(k), v, g, beta, None, False)
+
+
+@pytest.mark.parametrize(
+    ("norm", "taken"),
+    [
+        (lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6), True),
+        (lambda x: x / torch.sqrt(1e-6 + x.square().sum(dim=-1, keepdim=True)), True),
+        (lambda x: x * (x.pow(2).sum(-1, True) + 1e-6) ** -0.5, True),
+        (lambda x: x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-5), False),
+        (lambda x: x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6), False),
+        (lambda x: x * torch.rsqrt((x * x).sum(-2, keepdim=True) + 1e-6), False),
+    ],
+)
+def test_a_chunked_rule_takes_the_norms_before_it(norm: Callable[[Tensor], Tensor], taken: bool) -> None:
+    torch.manual_seed(0)
+    given = [torch.randn(1, 5, HV, d) for d in (DK, DK, DV)] + [-torch.rand(1, 5, HV), torch.rand(1, 5, HV)]
+    found = rewrite_and_compare(Normalised(norm), given, ["l2_norm"])
+    (rule,) = (n for n in found.graph_module.graph.nodes if "chunk_gated" in str(n.target))
+    assert rule.args[6] is taken
+    assert (len([n for n in found.graph_module.graph.nodes if "aten" in str(n.target)]) == 0) is taken
+
+
+class Columns(nn.Module):
+    """A convolution over the columns of a state and some tokens, which move the state on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, TAPS, groups=6).requires_grad_(False)
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        columns = torch.cat([state, x], dim=-1)
+        state.copy_(columns[..., -state.shape[-1] :])
+        return F.silu(self.conv(columns)[..., -x.shape[-1] :]) * 2
+
+
+@pytest.mark.parametrize(("length", "columns"), [(1, TAPS), (3, TAPS - 1), (8, TAPS)])
+def test_a_convolution_moves_its_state_on(length: int, columns: int) -> None:
+    given = [torch.randn(2, 6, length), torch.randn(2, 6, columns)]
+    found = rewrite_and_compare(Columns(), given, ["causal_conv1d_update"])
+    assert calls(found, "causal_conv1d_update") == 1
+    assert "copy_" not in str(found.graph_module.graph)
+
+
+def reasons(found: Rewritten) -> str:
+    return " ".join(miss.reason for miss in found.report.misses)
+
+
+def test_what_no_kernel_takes_is_no_match_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = [torch.randn(2, 6, 9), torch.randn(2, 6, TAPS)]
+    found = rewrite_and_compare(Columns(), given, ["causal_conv1d_update"])
+    assert calls(found, "causal_conv1d_update") == 0 and "9 tokens" in reasons(found)
+    monkeypatch.setattr("fxfuse.runtime.ops.gdn_decode.MAX_TILE", 16)
+    monkeypatch.setattr("fxfuse.runtime.ops.gated_rms_norm.MAX_FEATURES", 5)
+    monkeypatch.setattr("fxfuse.runtime.ops.gdn_gates.MAX_HEADS", 3)
+    found = rewrite_and_compare(Step(), inputs(), ["gdn_decode", *PARTS])
+    assert calls(found, "recurrent_gated_delta_rule") == 1
+    assert not any(calls(found, name) for name in ("gdn_decode", "gated_rms_norm", "gdn_gates"))
+    for reason in ("a state of 4 x 6 does not fit", "6 features: one program", "4 heads: one program"):
+        assert reason in reasons(found)
+    monkeypatch.setattr("fxfuse.runtime.ops.recurrent_gated_delta_rule.MAX_KEY_DIM", 3)
+    found = rewrite_and_compare(Step(), inputs(), list(PARTS))
+    assert calls(found, "recurrent_gated_delta_rule") == 0 and "key heads of 4" in reasons(found)
+    monkeypatch.setattr("fxfuse.runtime.ops.qk_norm_rope_gate.MAX_HEAD_DIM", 7)
+    found = rewrite_and_compare(Prologue(), attention_inputs(5), ["qk_norm_rope_gate"])
+    assert calls(found, "qk_norm_rope_gate") == 0 and "heads of 8" in reasons(found)
+
+
+def test_what_is_too_large_to_be_run_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.passes.judge.MOST_ELEMENTS", 100)
+    found = rewrite_and_compare(Step(), inputs(), ["gdn_decode"])
+    assert calls(found, "gdn_decode") == 0
+    assert "elements: too many to run it and compare" in reasons(found)
+
+
+def test_float64_stays_with_the_compiler() -> None:
+    found = rewrite_and_compare(Step().double(), [x.double() for x in inputs()], ["gdn_decode", *PARTS])
+    assert not any(calls(found, name) for name in ("gdn_decode", *PARTS))
+    assert "dtype float64" in reasons(found)
+
+
 NH, NKV, D, ROTARY, LENGTH = 4, 2, 8, 4, 12
 
 
@@ -159,6 +284,8 @@ class Prologue(nn.Module):
         self.q_norm, self.k_norm = parameter(D), parameter(D)
 
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
+        if self.change == "no norms":
+            return x
         one = 0.0 if self.change == "a plain norm" else 1.0
         if self.spelling:
             return (one + weight) * (x / torch.sqrt(EPS + (x * x).sum(-1, keepdim=True) / D))
@@ -235,6 +362,22 @@ def test_what_is_not_quite_a_prologue_stays_as_it_is(change: str, reason: str) -
     found = rewrite_and_compare(Prologue(change), attention_inputs(5), ["qk_norm_rope_gate"])
     assert calls(found, "qk_norm_rope_gate") == 0
     assert [reason in miss.reason for miss in found.report.misses] == [True]
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_rotation_without_norms_is_found_too(length: int) -> None:
+    found = rewrite_and_compare(Prologue("no norms"), attention_inputs(length), ["qk_norm_rope_gate"])
+    (step,) = (n for n in found.graph_module.graph.nodes if "qk_norm_rope" in str(n.target))
+    assert list(step.args[3:5]) == [None, None]
+    assert not [n for n in found.graph_module.graph.nodes if "index_copy" in str(n.target)]
+
+
+def test_a_long_cache_is_no_reason_to_leave_a_prologue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fxfuse.passes.judge.MOST_ELEMENTS", 2 * 5 * (2 * NH * D + 2 * NKV * D))
+    given = attention_inputs(5)
+    given[3:5] = [torch.randn(2, NKV, 500, D) for _ in range(2)]
+    found = rewrite_and_compare(Prologue(), given, ["qk_norm_rope_gate"])
+    assert calls(found, "qk_norm_rope_gate") == 1
 
 
 def test_a_query_that_is_read_elsewhere_too_is_the_one_of_the_call() -> None:

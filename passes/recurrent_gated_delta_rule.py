@@ -1,0 +1,292 @@
+"""One token of the gated delta rule becomes one call that moves its state on, whatever stands around it.
+
+Before: S = state * exp(g); S = S + k̂ ⊗ β(v − Sᵀ k̂); o = Sᵀ q̂ / √dk; state.copy_(S)
+After:  o = recurrent_gated_delta_rule(q, k, v, g, β, state, normalise=True)
+
+For what `gdn_decode` leaves alone: another norm behind it, or heads that are too large for one program. Which
+input is which is told by its shape and by who reads it; whether all of it is the rule, by running both.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from fxfuse.passes.judge import Judge
+from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by, writers_of
+from fxfuse.passes.storage_writes import equal_sizes
+from fxfuse.patterns import idioms, ops, readings
+from fxfuse.patterns.formula import Formula
+from fxfuse.patterns.matcher import is_cast, matches
+from fxfuse.runtime.ops.limits import unsupported
+
+RULE = "recurrent_gated_delta_rule"
+COPY = "aten.copy_.default"
+MOVES = readings.REPEATS | (
+    ops.LAYOUT
+    - {ops.CAT, "aten.chunk.default", "aten.split.Tensor", "aten.split.sizes", "aten.unbind.int"}
+    - {"aten.split_with_sizes.default", "aten.tensor_split.indices", "aten.tensor_split.sections"}
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A state [B, HV, dk, dv] that a call overwrites with what is computed from it."""
+
+    write: Node
+    state: Node
+    new: Node
+
+    @property
+    def sizes(self) -> Sequence[Any]:
+        return self.state.meta["val"].shape
+
+
+@dataclass(frozen=True)
+class Reading:
+    """query, key, value, g and β as nodes, and whether query and key are normalised on the way."""
+
+    operands: tuple[Node, ...]
+    normalise: bool
+
+
+def candidates(program: Program) -> Iterator[Candidate]:
+    """Every write of a computed tensor over an input of four dimensions."""
+    for write in program.calls(COPY):
+        state, new = write.args[:2]
+        if not isinstance(state, Node) or state.op != "placeholder" or not isinstance(new, Node):
+            continue
+        value = state.meta["val"]
+        if value.dim() != 4 or not value.is_floating_point():
+            continue
+        if all(isinstance(size, int) for size in value.shape[1:]) and new in _dependents(state):
+            yield Candidate(write, state, new)
+
+
+def _stripped(node: Node) -> Node:
+    """The node before its elements were moved or repeated."""
+    while (str(node.target) in MOVES or is_cast(node)) and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _is_per_head(node: Node, batch: Any, heads: int, width: int | None) -> bool:
+    """[B, 1, h, width], [B, h, 1, width] or [B, h, width], h a divisor of `heads`; h alone without width."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return False
+    shape = list(value.shape)
+    if width is not None and (not shape or not statically_known_true(shape.pop() == width)):
+        return False
+    if len(shape) == 3:
+        one = next((i for i in (1, 2) if statically_known_true(shape[i] == 1)), None)
+        if one is None:
+            return False
+        shape.pop(one)
+    own = len(shape) == 2 and isinstance(shape[1], int) and statically_known_true(shape[0] == batch)
+    return own and (heads % shape[1] == 0 if width is not None else shape[1] == heads)
+
+
+def _origin(node: Node, batch: Any, heads: int, width: int | None, dtype: torch.dtype | None) -> Node | None:
+    """The farthest node behind moves that has the shape of one token's heads, and the dtype if given."""
+    found = None
+    while True:
+        value = node.meta.get("val")
+        if _is_per_head(node, batch, heads, width) and dtype in (None, value.dtype):  # type: ignore[union-attr]
+            found = node
+        if not (str(node.target) in MOVES or is_cast(node)) or not isinstance(node.args[0], Node):
+            return found
+        node = node.args[0]
+
+
+def _placed(program: Program, like: Node, node: Node, width: bool) -> Node:
+    """The node as [B, 1, h] or [B, 1, h, width], at the insertion point."""
+    value, aten = node.meta["val"], torch.ops.aten
+    if value.dim() == 2 + width:
+        return call(program, like, aten.unsqueeze.default, node, 1)
+    if statically_known_true(value.shape[1] == 1):
+        return node
+    return call(program, like, aten.transpose.int, node, 1, 2)
+
+
+def _value_placed(value: Any, width: bool) -> Any:
+    if value.dim() == 2 + width:
+        return value.unsqueeze(1)
+    return value if value.shape[1] == 1 else value.transpose(1, 2)
+
+
+def _bound(formula: Formula, node: Node, name: str) -> Node | None:
+    return next((found[name] for found in matches(formula, node)), None)
+
+
+def _dependents(state: Node) -> set[Node]:
+    """What is computed from a state up to the next linear, or to an operator that has a name already."""
+    found = {state}
+    for node in state.graph.nodes:
+        if any(n in found for n in node.all_input_nodes) and _is_unnamed(node):
+            found.add(node)
+    return found - {state}
+
+
+def _is_unnamed(node: Node) -> bool:
+    target = str(node.target)
+    return node.op == "call_function" and target != ops.LINEAR and not target.startswith("fxfuse.")
+
+
+def readings_of(found: Candidate, result: Node, core: set[Node]) -> Iterator[Reading]:
+    """Every reading that shapes and readers allow."""
+    batch, heads, dk, dv = found.sizes
+    before = set(behind([found.new], ()))
+    boundary = [n for node in core for n in node.all_input_nodes if n not in core and n is not found.state]
+    early = {_stripped(n): n for node in core & before for n in node.all_input_nodes if n in boundary}
+    late = {_stripped(n): n for node in core - before for n in node.all_input_nodes if n in boundary}
+    dtype = result.meta["val"].dtype
+    for scale in permutations(early, 2):
+        decay = _bound(idioms.DECAY, scale[0], "g")
+        g = decay and _origin(decay, batch, heads, None, None)
+        beta = _origin(early[scale[1]], batch, heads, None, None)
+        if g is None or beta is None:
+            continue
+        rest = [n for n in early if n not in scale]
+        for pair in permutations(rest, 2):
+            value = _origin(early[pair[1]], batch, heads, dv, None)
+            for last in (n for n in late if value is not None):
+                for query, key, normalise in _query_and_key(late[last], early[pair[0]], dk):
+                    q = _origin(query, batch, heads, dk, dtype)
+                    k = _origin(key, batch, heads, dk, None)
+                    if q is not None and k is not None and equal_heads(q, k):
+                        yield Reading((q, k, value, g, beta), normalise)  # type: ignore[arg-type]
+
+
+def _query_and_key(query: Node, key: Node, dk: int) -> Iterator[tuple[Node, Node, bool]]:
+    """Both before they are normalised, or as they are; the operator scales the query."""
+    formulas = (idioms.L2_NORM * dk**-0.5, idioms.L2_NORM)
+    queries = [_bound(formula, _stripped(query), "x") for formula in formulas]
+    raw = _bound(idioms.L2_NORM, _stripped(key), "x")
+    yield from ((q, raw, True) for q in queries if q is not None and raw is not None)
+    scaled = _bound(idioms.ANYTHING * dk**-0.5, _stripped(query), "x")
+    yield from ((q, key, False) for q in (scaled, query) if q is not None)
+
+
+def equal_heads(query: Node, key: Node) -> bool:
+    a, b = (_value_shape(n) for n in (query, key))
+    return equal_sizes(a, b)
+
+
+def _value_shape(node: Node) -> Sequence[Any]:
+    shape = list(node.meta["val"].shape)
+    if len(shape) == 4:
+        shape.pop(1 if statically_known_true(shape[1] == 1) else 2)
+    return shape
+
+
+def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> Any:
+    def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
+        given = [_value_placed(values[n], i < 3) for i, n in enumerate(reading.operands)]
+        out = torch.ops.fxfuse.recurrent_gated_delta_rule(*given, values[found.state], reading.normalise)
+        return [out.reshape(shape)]
+
+    return run
+
+
+def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) -> Any:
+    """(region, result, reading) under which the candidate is the operator, None for what is no step at all.
+
+    Raises Refused for what almost is.
+    """
+    batch, heads, _, dv = found.sizes
+    writers, dependents = writers_of(program.graph), _dependents(found.state)
+    before = set(behind([found.new], ()))
+    results = [
+        n
+        for n in program.graph.nodes
+        if n in dependents and n not in before and _is_per_head(n, batch, heads, dv)
+    ]
+    first = next((n for n in results if found.new in behind([n], ())), None)
+    if first is None:
+        return None
+    core = (set(behind([first], ())) | before) & dependents
+    inputs = {n for node in core for n in node.all_input_nodes if n not in core}
+    refused: Refused | None = None
+    for result in reversed(results):
+        region = behind([result, found.write], inputs, writers)
+        tensors = {n for n in read_by(region) if isinstance(n.meta.get("val"), Tensor)}
+        if found.new not in region or tensors - inputs - {found.state}:
+            continue
+        for reading in readings_of(found, first, core):
+            whole = behind([result, found.write], set(reading.operands), writers)
+            reason = _reason(guards, judge, found, result, whole, reading)
+            if reason is None:
+                return whole, result, reading
+            refused = Refused(*reason)
+    if refused is not None:
+        raise refused
+    return None
+
+
+def _reason(
+    guards: Guards, judge: Judge, found: Candidate, result: Node, region: list[Node], reading: Reading
+) -> tuple[Node, str] | None:
+    value = result.meta["val"]
+    given = [_value_placed(n.meta["val"], i < 3) for i, n in enumerate(reading.operands)]
+    limit = unsupported(RULE, *given, found.state.meta["val"])
+    if limit is not None:
+        return found.state, limit
+    if given[0].dtype != value.dtype:
+        return result, "its query and its result differ in dtype"
+    reason = guards.reason(region, [result], {value.dtype, torch.float32}, [found.state])
+    if reason is not None:
+        return reason
+    early = next((u for u in result.users if guards.position[u] < guards.position[region[-1]]), None)
+    if early is not None and early not in region:
+        return early, f"{early.name} reads the result before the state is written"
+    shape = [size if isinstance(size, int) else -1 for size in value.shape]
+    inputs = read_by(region)
+    name = f"{RULE} {[inputs.index(n) for n in reading.operands if n in inputs]} {reading.normalise}"
+    if not judge.equal(region, [result], _operator_on(found, reading, shape), name, [found.state]):
+        return result, "run on random values it is no step of the gated delta rule"
+    return None
+
+
+def _replace(program: Program, found: Candidate, region: list[Node], result: Node, reading: Reading) -> None:
+    aten = torch.ops.aten
+    with program.graph.inserting_after(region[-1]):
+        anchor = program.graph.call_function(aten.alias.default, (result,))
+    with program.graph.inserting_before(anchor):
+        given = [_placed(program, result, n, i < 3) for i, n in enumerate(reading.operands)]
+        target: Any = torch.ops.fxfuse.recurrent_gated_delta_rule.default
+        out = call(program, result, target, *given, found.state, reading.normalise)
+        value = result.meta["val"]
+        if value.dim() == 3:
+            out = call(program, result, aten.squeeze.dim, out, 1)
+        elif not statically_known_true(value.shape[1] == 1):
+            out = call(program, result, aten.transpose.int, out, 1, 2)
+    program.graph.erase_node(anchor)
+    result.replace_all_uses_with(out)
+    erase(program, region)
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite every step; report every candidate that stays, with the reason."""
+    outcome, guards, judge = Outcome(), Guards(program), Judge()
+    accepted: list[tuple[Candidate, Any]] = []
+    for found in candidates(program):
+        where = module_path(found.new)
+        try:
+            whole = _accepted(program, guards, judge, found)
+        except Refused as refusal:
+            outcome.misses.append(Miss(RULE, where, refusal.node.name, refusal.reason))
+            continue
+        if whole is not None:
+            accepted.append((found, whole))
+            outcome.matches.append(Match(RULE, where, (), f"{len(whole[0])} calls → 1"))
+    for found, (region, result, reading) in accepted:
+        _replace(program, found, region, result, reading)
+    return outcome
