@@ -4,6 +4,7 @@ Before: a = x + 0; b = 1 * a; c = clone(b); add_(c, y)
 After:  c = add(x, y)
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,7 +24,7 @@ def fold_idle_calls(program: Program) -> None:
     writes_to_values(program)
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
     stale: set[Node] = set()
-    for node in program.calls(*ops.ARITHMETIC):
+    for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
             continue
@@ -40,7 +41,10 @@ def fold_idle_calls(program: Program) -> None:
 
 
 def _handed_on(node: Node) -> Node | None:
-    """The operand that a call hands on unchanged: of x + 0, 0 + x, x - 0, x · 1, 1 · x, x / 1."""
+    """The operand that a call hands on unchanged: of x + 0, 0 + x, x - 0, x · 1, 1 · x, x / 1 and copies."""
+    if str(node.target) in _OTHERS:
+        source = _OTHERS[str(node.target)](*node.args) if not node.kwargs else None
+        return source if isinstance(source, Node) else None
     neutral, commutes = ops.ARITHMETIC[str(node.target)]
     if len(node.args) != 2 or node.kwargs:
         return None
@@ -50,6 +54,24 @@ def _handed_on(node: Node) -> Node | None:
     if commutes and _is_number(first, neutral):
         return second if isinstance(second, Node) else None
     return None
+
+
+def _of_one(parts: Any, dim: int = 0) -> Any:
+    return parts[0] if len(parts) == 1 else None
+
+
+def _negated(x: Any) -> Any:
+    return x.args[0] if isinstance(x, Node) and str(x.target) == ops.NEG else None
+
+
+# clone(x), cat([x]), −(−x), x¹, repeat(x, 1, 1)
+_OTHERS: dict[str, Callable[..., Any]] = {
+    ops.CLONE: lambda x: x,
+    ops.CAT: _of_one,
+    ops.NEG: _negated,
+    ops.POWER: lambda x, power: x if _is_number(power, 1) else None,
+    ops.REPEAT: lambda x, counts: x if all(n == 1 for n in counts) else None,
+}
 
 
 def _is_number(value: Any, wanted: int) -> bool:
@@ -144,21 +166,27 @@ def _as_value(node: Node) -> Any:
     """The overload that returns what this one writes to its first argument, None where there is none."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
-    name, overload = node.target._schema.name.removeprefix("aten::"), node.target._overloadname
+    name = node.target._schema.name.removeprefix("aten::")
     written, value = written_by(node), node.meta.get("val")
     if not name.endswith("_") or name.endswith("__") or written != [node.args[0]] or node.kwargs.get("out"):
         return None
     if {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded} & set(node.target.tags):
         return None
-    packet = getattr(torch.ops.aten, name[:-1], None)
-    functional = getattr(packet, overload, None) if packet is not None else None
-    if (
-        functional is None
-        or value is None
-        or len(functional._schema.arguments) != len(node.target._schema.arguments)
-    ):
+    functional = _overload_like(node.target, name[:-1])
+    if functional is None or value is None:
         return None
     operands = [n.meta.get("val") for n in node.all_input_nodes[1:]]
     if any(isinstance(o, Tensor) and o.dtype != value.dtype for o in operands):
         return None  # the value would have the wider dtype
     return functional
+
+
+def _overload_like(target: torch._ops.OpOverload, name: str) -> Any:
+    """The overload of that operator whose arguments have the types that the target's have."""
+    packet, wanted = getattr(torch.ops.aten, name, None), _types(target)
+    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    return next((overload for overload in overloads if _types(overload) == wanted), None)
+
+
+def _types(target: torch._ops.OpOverload) -> list[str]:
+    return [str(argument.type) for argument in target._schema.arguments]

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of
 from fxfuse.patterns import ops
 
 
@@ -68,6 +68,18 @@ def _untransposed(node: Any) -> Node | None:
     return source if same and statically_known_true(own.storage_offset() == value.storage_offset()) else None
 
 
+def _expanded(node: Any) -> Node | None:
+    """The two-dimensional input whose transpose a node repeats for each of a batch."""
+    value, source = _value(node), node
+    if value is None or value.dim() != 3 or not (value.stride(0) == 0 or value.shape[0] == 1):
+        return None
+    while (own := _value(source)) is not None and own.dim() == 3 and str(source.target) in ops.REPEATED:
+        source = source.args[0]
+    if own is None or own.dim() != 2 or own.stride() != value.stride()[1:] or own.shape != value.shape[1:]:
+        return None
+    return _untransposed(source)
+
+
 def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
     """x, W and b of a product that is x·Wᵀ + b with an input as W."""
     name = str(node.target)
@@ -80,11 +92,76 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
         if scaled or weight is None or not _is_bias(bias, weight):
             return None
         return x, weight, bias  # type: ignore[return-value]
+    if name == ops.BADDBMM:
+        bias, x, turned = node.args[:3]
+        scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
+        weight = _expanded(turned)
+        if scaled or weight is None or not _is_bias(bias, weight):
+            return None
+        return x, weight, bias  # type: ignore[return-value]
+    if name in (ops.INNER, ops.TENSORDOT, ops.MV):
+        return _contracted(node)
     x, turned = node.args[:2]
-    weight, value = _untransposed(turned), _value(x)
+    weight, value = _untransposed(turned) or _expanded(turned), _value(x)
     if weight is None or value is None or value.dim() == 0:
         return None
     return x, weight, None  # type: ignore[return-value]
+
+
+def _contracted(node: Node) -> tuple[Node, Node, None] | None:
+    """inner(x, W), tensordot(x, W, [-1], [1]), tensordot(x, Wᵀ, [-1], [0]) and mv(W, x)."""
+    x, weight = node.args[:2]
+    if str(node.target) == ops.MV:
+        x, weight = weight, x
+    source = weight if isinstance(weight, Node) and _is_input(weight) else None
+    if str(node.target) == ops.TENSORDOT:
+        value, (given, other) = _value(x), node.args[2:4]
+        if value is None or len(given) != 1 or len(other) != 1 or given[0] % value.dim() != value.dim() - 1:  # type: ignore[arg-type, index, operator]
+            return None
+        if other[0] % 2 == 0:  # type: ignore[index, operator]
+            source = _untransposed(weight)
+    values = [_value(n) for n in (x, source)]
+    if any(v is None for v in values) or values[1].dim() != 2 or values[0].dim() == 0:  # type: ignore[union-attr]
+        return None
+    if values[0].dtype != values[1].dtype or node.kwargs.get("out") is not None:  # type: ignore[union-attr]
+        return None
+    return x, source, None  # type: ignore[return-value]
+
+
+def _is_transposed(value: Tensor, own: Tensor) -> bool:
+    """Whether one tensor is the other with its last two dimensions exchanged, by shape and strides."""
+    if own.dim() != value.dim() or own.dim() < 2:
+        return False
+    order = [*range(own.dim() - 2), -1, -2]
+    wanted = [*(own.shape[i] for i in order), *(own.stride(i) for i in order)]
+    pairs = zip((*value.shape, *value.stride()), wanted, strict=True)
+    return all(statically_known_true(a == b) for a, b in pairs)
+
+
+def put_weights_second(program: Program) -> None:
+    """W @ xᵀ -> (x @ Wᵀ)ᵀ, where xᵀ is a view of a tensor of rows."""
+    writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
+    for node in program.calls(ops.MATMUL):
+        operands: tuple[Any, ...] = node.args
+        weight, turned = operands[:2]
+        rows: Any = turned.args[0] if isinstance(turned, Node) and turned.args else None
+        w, value, own = _value(weight), _value(turned), _value(rows)
+        if w is None or value is None or own is None or weight.name not in program.weights:
+            continue
+        if rows.name in program.weights or storage_of(rows) != storage_of(turned) or w.dim() != 2:
+            continue
+        if own.dtype != w.dtype or not _is_transposed(value, own):
+            continue
+        if any(writes.is_written(n) for n in (node, weight, turned)) or storage_of(node) in fixed:
+            continue
+        with program.graph.inserting_before(node):
+            y = program.graph.call_function(torch.ops.aten.linear.default, (rows, weight))
+        y.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        node.target, node.args, node.kwargs = torch.ops.aten.transpose.int, (y, -2, -1), {}
+        node.meta.pop("val", None)
+        changed = True
+    if changed:
+        program.refresh()
 
 
 def _is_bias(bias: Any, weight: Node) -> bool:

@@ -6,14 +6,16 @@ After:  z = reshape(x, [2, 3])
 
 import operator
 from collections import defaultdict
+from typing import Any
 
 import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.idle_calls import fold_idle_calls
-from fxfuse.passes.linear_spellings import spell_linears
+from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
 from fxfuse.passes.modes import sets_grad_mode
+from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, same_memory, written_by
 from fxfuse.patterns import ops
@@ -24,12 +26,18 @@ def normalise(program: Program) -> None:
     _drop_idle_switches(program)
     _fold_idle_dropout(program)
     _fold_identities(program)
+    _one_name(program)
     _one_reshape(program)
     fold_idle_calls(program)
-    _one_name(program)
+    _one_convolution(program)
     _kept_dimension(program)
-    _cat_of_one_is_a_copy(program)
+    _without_empty_parts(program)
     _one_view_of_each(program)
+    spell_moved_elements(program)
+    _one_view_of_each(program)
+    put_weights_second(program)
+    _one_view_of_each(program)
+    _drop_dead_nodes(program)
     spell_linears(program)
     _one_view_of_each(program)
     _drop_dead_nodes(program)
@@ -64,7 +72,7 @@ def _fold_idle_dropout(program: Program) -> None:
 
 
 def _one_name(program: Program) -> None:
-    """concat(xs, d) -> cat(xs, d), expit(x) -> sigmoid(x), 0 - x -> -x."""
+    """concat(xs, d) -> cat(xs, d), 0 - x, -1·x -> -x, x - (-y) -> x + y, type_as(x, y) -> to(x, y.dtype)."""
     for node in program.calls(*ops.SAME_AS):
         if not node.kwargs:
             name, overload = ops.SAME_AS[str(node.target)].removeprefix("aten.").split(".")
@@ -73,6 +81,43 @@ def _one_name(program: Program) -> None:
         x, number = node.args[:2]
         if len(node.args) == 2 and not node.kwargs and type(number) in (int, float) and number == 0:
             node.target, node.args = torch.ops.aten.neg.default, (x,)
+    for node in program.calls(ops.MUL, ops.DIV):
+        pairs = (node.args, node.args[::-1]) if str(node.target) == ops.MUL else (node.args,)
+        for x, number in (pair for pair in pairs if len(pair) == 2):
+            negates = type(number) in (int, float) and number == -1 and isinstance(x, Node)
+            if negates and not node.kwargs and x.meta["val"].is_floating_point():  # type: ignore[union-attr]
+                node.target, node.args = torch.ops.aten.neg.default, (x,)
+    writes = StorageWrites(program.graph)
+    for node in program.calls(ops.SUB):
+        x, y = (*node.args, None)[:2]
+        plain = len(node.args) == 2 and not node.kwargs and isinstance(y, Node) and str(y.target) == ops.NEG
+        if plain and not writes.is_written(y) and not writes.is_written(y.args[0]):  # type: ignore[arg-type, union-attr]
+            node.target, node.args = torch.ops.aten.add.Tensor, (x, y.args[0])  # type: ignore[union-attr]
+    for node in program.calls(*ops.CASTS_TO_DEVICE):
+        given, got = (n.meta["val"] for n in (node.args[0], node))  # type: ignore[union-attr]
+        options = {"dtype", "device", "layout"}
+        plain = len(node.args) in (1, 3) and set(node.kwargs) <= options
+        if plain and given.device == got.device and given.layout == got.layout:
+            node.target, node.args, node.kwargs = torch.ops.aten.to.dtype, (node.args[0], got.dtype), {}
+    for node in program.calls(*ops.CASTS_LIKE):
+        x, y = node.args[:2]
+        values = [n.meta["val"] for n in (x, y)]  # type: ignore[union-attr]
+        if len(node.args) == 2 and not node.kwargs and values[0].device == values[1].device:
+            node.target, node.args = torch.ops.aten.to.dtype, (x, values[1].dtype)
+
+
+def _one_convolution(program: Program) -> None:
+    """conv1d(…, padding="valid") and convolution(…) over [B, C, T] -> conv1d(…, padding=0)."""
+    for node in program.calls(ops.CONV1D_BY_NAME):
+        if not node.kwargs and (*node.args, *("valid",) * 5)[4] == "valid":
+            node.target = torch.ops.aten.conv1d.default
+            node.args = (*node.args[:4], [0], *node.args[5:])
+    for node in program.calls(ops.CONVOLUTION):
+        if len(node.args) < 9 or node.args[6] is not False or node.meta["val"].dim() != 3:
+            continue
+        if node.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
+            node.target = torch.ops.aten.conv1d.default
+            node.args = (*node.args[:6], node.args[8])
 
 
 def _kept_dimension(program: Program) -> None:
@@ -90,16 +135,20 @@ def _kept_dimension(program: Program) -> None:
             node.kwargs = {k: v for k, v in reduced.kwargs.items() if k != "keepdim"}
 
 
-def _cat_of_one_is_a_copy(program: Program) -> None:
-    """cat([empty, x]) -> clone(x), contiguous as eager's is: Inductor would keep x's strides.
+def _without_empty_parts(program: Program) -> None:
+    """cat([empty, x, y]) -> cat([x, y]); cat([empty, x]) -> clone(x), contiguous as eager's is.
 
-    A key-value cache starts so; with other strides the first decoded token would be another graph than the
-    next.
+    Inductor would keep x's strides. A key-value cache starts so; with other strides the first decoded token
+    would be another graph than the next.
     """
     for node in program.calls(ops.CAT):
         parts = node.args[0]
-        full = [p for p in parts if not _is_legacy_empty(p)]  # type: ignore[union-attr]
-        if len(full) == 1 < len(parts) and full[0].meta["val"].dtype == node.meta["val"].dtype:  # type: ignore[arg-type, union-attr]
+        full: Any = [p for p in parts if not _is_legacy_empty(p)]  # type: ignore[union-attr]
+        if len(full) == len(parts) or any(p.meta["val"].dtype != node.meta["val"].dtype for p in full):  # type: ignore[arg-type]
+            continue
+        if len(full) > 1:
+            node.args = (full, *node.args[1:])
+        elif full:
             node.target = torch.ops.aten.clone.default
             node.args = (full[0],)
             node.kwargs = {"memory_format": torch.contiguous_format}
@@ -121,13 +170,22 @@ def _fold_identities(program: Program) -> None:
             program.graph.erase_node(node)
 
 
+def _hands_on_memory(node: Node) -> bool:
+    """Whether a call may return the memory of its first argument, by its schema, and writes to none."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten" or not node.args:
+        return False
+    returned = [value.alias_info for value in target._schema.returns]
+    return len(returned) == 1 and returned[0] is not None and not written_by(node)
+
+
 def _one_view_of_each(program: Program) -> None:
     """view(x, s), reshape(x, s) -> one of them, and x itself where s is its shape."""
     writes, (output,) = StorageWrites(program.graph), program.graph.find_nodes(op="output")
     bases: dict[Node, Node] = {}
     views: dict[Node, list[Node]] = defaultdict(list)
-    for node in program.calls(*ops.VIEWS):
-        source = node.args[0]
+    for node in list(program.graph.nodes):
+        source = node.args[0] if _hands_on_memory(node) else None
         if not isinstance(source, Node) or writes.is_written(node) or output in node.users:
             continue
         base = bases[node] = bases.get(source, source)

@@ -19,6 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import readings
 from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
+from fxfuse.patterns.ops import CAT
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def _product(
         for reading in _readings(formula, exponent, power):
             for found in _match(reading, term, bound):
                 yield from _product(rest, others, constant, result, found)
-        factors = _factors(_uncast(term))
+        factors = _factors(_uncast(term)) or _distributed(_uncast(term))
         if factors is not None and _may_raise(factors, power):
             number, parts = factors
             merged = _merged(others + [(part, p * power) for part, p in parts])
@@ -156,6 +157,30 @@ def _factors(term: Term) -> tuple[float, Items] | None:
     return reading(*term.args) if reading is not None and _plain(term) else None
 
 
+def _distributed(term: Term) -> tuple[float, Items] | None:
+    """x + x·w and addcmul(x, x, w) as x·(1 + w)."""
+    if isinstance(term, Virtual):
+        return None
+    if str(term.target) == "aten.addcmul.default" and not term.kwargs and len(term.args) == 3:
+        operands: tuple[Any, ...] = term.args
+        added, *product = operands
+        rests = [w for y, w in (product, product[::-1]) if _uncast(y) is _uncast(added)]
+        return (1.0, [(added, 1.0), (Virtual("shifted", rests[0], 1.0), 1.0)]) if rests else None
+    addends = _addends(term)
+    if addends is None or addends[0] != 0.0 or [times for _, times in addends[1]] != [1.0, 1.0]:
+        return None
+    (a, _), (b, _) = addends[1]
+    for x, product_of in ((a, b), (b, a)):
+        found = _factors(_uncast(product_of))
+        if found is None or found[0] != 1.0 or [power for _, power in found[1]] != [1.0, 1.0]:
+            continue
+        (y, _), (z, _) = found[1]
+        rest = z if _uncast(y) is _uncast(x) else y if _uncast(z) is _uncast(x) else None
+        if rest is not None:
+            return 1.0, [(x, 1.0), (Virtual("shifted", rest, 1.0), 1.0)]
+    return None
+
+
 def _addends(term: Term) -> tuple[float, Items] | None:
     if isinstance(term, Virtual):
         return (term.constant, [(term.argument, 1.0)]) if term.function == "shifted" else None
@@ -198,6 +223,28 @@ def _operands(*operands: tuple[Any, float]) -> tuple[float, Items] | None:
     return number, parts  # type: ignore[return-value]
 
 
+def _glu_factors(x: Any, dim: Any = -1) -> tuple[float, Items] | None:
+    """glu(cat([a, b])) = a·sigmoid(b)."""
+    if not isinstance(x, Node) or str(x.target) != CAT:
+        return None
+    given: tuple[Any, ...] = (*x.args, 0)
+    parts, along = given[:2]
+    dims = x.meta["val"].dim()
+    sizes = [part.meta["val"].shape for part in parts]
+    if len(sizes) != 2 or dim % dims != along % dims:
+        return None
+    if not all(statically_known_true(a == b) for a, b in zip(*sizes, strict=True)):
+        return None
+    first, second = parts
+    return 1.0, [(first, 1.0), (Virtual("sigmoid", second), 1.0)]
+
+
+def _root_of_squares(x: Any, order: Any = 2, *rest: Any) -> tuple[float, Items] | None:
+    if order != 2 or not isinstance(x, Node) or not _is_last(x, *rest[:2]) or rest[2:]:
+        return None
+    return 1.0, [(Virtual("squares", x), 0.5)]
+
+
 def _rms_norm_factors(x: Any, shape: Any, weight: Any = None, eps: Any = None) -> tuple[float, Items] | None:
     if len(shape) != 1 or eps is None:
         return None
@@ -220,6 +267,8 @@ _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
     "aten.pow.Tensor_Scalar": lambda a, b: (
         (1.0, [(a, float(b))]) if isinstance(b, (int, float)) and b != 0 else None
     ),
+    "aten.glu.default": _glu_factors,
+    "aten.linalg_vector_norm.default": _root_of_squares,
     "aten.silu.default": lambda a: (1.0, [(a, 1.0), (Virtual("sigmoid", a), 1.0)]),
     "aten.rms_norm.default": _rms_norm_factors,
 }
@@ -238,21 +287,109 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
         if name == "aten.sum.dim_IntList" and _over_last(term):
             yield term.args[0]  # type: ignore[misc]
     elif function == "softplus":
-        if name == "aten.softplus.default" and len(term.args) == 1 and not term.kwargs:
-            yield term.args[0]  # type: ignore[misc]
-        elif name == "aten.log1p.default":
-            yield from _arguments("exp", _uncast(term.args[0]))  # type: ignore[arg-type]
-        elif name == "aten.log.default":
-            yield from _one_plus_exp(term.args[0])  # type: ignore[arg-type]
+        yield from _softplus_of(term)
     elif name == f"aten.{function}.default":
         yield term.args[0]  # type: ignore[misc]
+    elif function == "sigmoid" and name == "aten.exp.default":
+        inner = _uncast(term.args[0])  # type: ignore[arg-type]
+        if _is_call(inner, "log_sigmoid"):
+            yield inner.args[0]  # type: ignore[misc, union-attr]
     elif function == "sigmoid":
+        yield from _half_of_tanh(term)
         for power, inner in _inverses(term):
             if power == -1.0:
                 for negative in _one_plus_exp(inner):
                     factors = _factors(_uncast(negative))
                     if factors is not None and factors[0] == -1.0 and len(factors[1]) == 1:
                         yield factors[1][0][0]
+
+
+def _is_call(term: Term, name: str) -> bool:
+    return isinstance(term, Node) and str(term.target) == f"aten.{name}.default" and not term.kwargs
+
+
+def _scaled(term: Term) -> tuple[float, Term] | None:
+    """A number and the one thing that it multiplies."""
+    factors = _factors(_uncast(term))
+    if factors is None or len(factors[1]) != 1 or factors[1][0][1] != 1.0:
+        return None
+    return factors[0], factors[1][0][0]
+
+
+def _negated(term: Term) -> Term | None:
+    scaled = _scaled(term)
+    return scaled[1] if scaled is not None and scaled[0] == -1.0 else None
+
+
+def _half_of_tanh(term: Term) -> Iterator[Term]:
+    """sigmoid(x) = ½·(1 + tanh(½·x))."""
+    outer = _scaled(term)
+    addends = _addends(_uncast(outer[1])) if outer is not None and outer[0] == 0.5 else None
+    if addends is None or addends[0] != 1.0 or len(addends[1]) != 1 or addends[1][0][1] != 1.0:
+        return
+    tanh = _uncast(addends[1][0][0])
+    inner = _scaled(tanh.args[0]) if _is_call(tanh, "tanh") else None  # type: ignore[arg-type, union-attr]
+    if inner is not None and inner[0] == 0.5:
+        yield inner[1]
+
+
+def _softplus_of(term: Node) -> Iterator[Term]:
+    """softplus(x) = log(1 + eˣ) = −log σ(−x) = log(eˣ + e⁰) = relu(x) + log(1 + e^−|x|)."""
+    name = str(term.target)
+    if name == "aten.softplus.default":
+        if term.args[1:] in ((), (1,), (1, 20)) and not term.kwargs:
+            yield term.args[0]  # type: ignore[misc]
+    elif name == "aten.log1p.default":
+        yield from _arguments("exp", _uncast(term.args[0]))  # type: ignore[arg-type]
+    elif name == "aten.log.default":
+        yield from _one_plus_exp(term.args[0])  # type: ignore[arg-type]
+    elif name == "aten.logaddexp.default":
+        for x, zero in (term.args, term.args[::-1]):
+            if isinstance(x, Node) and isinstance(zero, Node) and str(zero.target) in readings.ZEROS:
+                yield x
+    elif name == "aten.where.self":
+        yield from _where_small(*term.args)
+    else:
+        logarithm = _negated(term)
+        if logarithm is not None and _is_call(_uncast(logarithm), "log_sigmoid"):
+            inner = _negated(_uncast(logarithm).args[0])  # type: ignore[union-attr, arg-type]
+            if inner is not None:
+                yield inner
+        yield from _relu_and_rest(term)
+
+
+def _where_small(condition: Any, x: Any, small: Any) -> Iterator[Term]:
+    """where(x > t, x, softplus(x)), or the other way round, for a t past which both round to the same."""
+    if not all(isinstance(n, Node) for n in (condition, x, small)):
+        return
+    if str(condition.target) in readings.BELOW:
+        x, small = small, x
+    elif str(condition.target) not in readings.ABOVE:
+        return
+    compared, threshold = condition.args[:2]
+    if not isinstance(threshold, (int, float)) or threshold < readings.SOFTPLUS_IS_LINEAR:
+        return
+    for argument in _arguments("softplus", _uncast(small)):
+        if _uncast(argument) is _uncast(x) is _uncast(compared):
+            yield argument
+
+
+def _relu_and_rest(term: Term) -> Iterator[Term]:
+    addends = _addends(term)
+    if addends is None or addends[0] != 0.0 or [times for _, times in addends[1]] != [1.0, 1.0]:
+        return
+    parts = [_uncast(part) for part, _ in addends[1]]
+    for relu, rest in (parts, parts[::-1]):
+        positive = relu.args[0] if _is_call(relu, "relu") else None  # type: ignore[union-attr]
+        if isinstance(relu, Node) and str(relu.target) == "aten.clamp_min.default" and relu.args[1] == 0:
+            positive = relu.args[0]
+        if positive is None or not _is_call(rest, "log1p"):
+            continue
+        for decaying in _arguments("exp", _uncast(rest.args[0])):  # type: ignore[union-attr, arg-type]
+            size = _negated(decaying)
+            size = None if size is None else _uncast(size)
+            if size is not None and _is_call(size, "abs") and _uncast(size.args[0]) is _uncast(positive):  # type: ignore[union-attr, arg-type]
+                yield positive  # type: ignore[misc]
 
 
 def _inverses(term: Term) -> Iterator[tuple[float, Term]]:
@@ -273,26 +410,42 @@ def _averaged(term: Node) -> Iterator[Term]:
     if str(term.target) == "aten.mean.dim" and _over_last(term):
         yield term.args[0]  # type: ignore[misc]
         return
-    number, items = 1.0, [(term, 1.0)]
-    while len(items) == 1 and items[0][1] == 1.0 and isinstance(items[0][0], Node):
-        node = _uncast(items[0][0])
-        if isinstance(node, Node) and str(node.target) == "aten.sum.dim_IntList":
-            count = node.args[0].meta["val"].shape[-1]  # type: ignore[union-attr]
-            whole = round(1 / number)
-            exact = math.isclose(number * whole, 1, rel_tol=1e-6)
-            if _over_last(node) and exact and statically_known_true(count == whole):
-                yield node.args[0]  # type: ignore[misc]
+    number, power, part = 1.0, 1.0, _uncast(term)
+    while True:
+        summed = _summed(part) if power == 1.0 else None
+        if summed is not None:
+            x, count = summed
+            whole = round(1 / number) if number else 0
+            if math.isclose(number * whole, 1, rel_tol=1e-6) and statically_known_true(count == whole):
+                yield x
             return
-        factors = _factors(node)
-        if factors is None:
+        factors = _factors(part)
+        if factors is None or len(factors[1]) != 1 or not (power == int(power) or factors[0] > 0):
             return
-        number, items = number * factors[0], factors[1]  # type: ignore[assignment]
+        number *= factors[0] ** power
+        part, power = _uncast(factors[1][0][0]), power * factors[1][0][1]
+
+
+def _summed(term: Term) -> tuple[Term, Any] | None:
+    """What a term sums over the last dimension, which it keeps, and how much of it there is."""
+    if isinstance(term, Virtual):
+        if term.function != "squares":
+            return None
+        x: Any = term.argument
+        return Virtual("power", x, 2.0), x.meta["val"].shape[-1]
+    if str(term.target) == "aten.sum.dim_IntList" and _over_last(term):
+        return term.args[0], term.args[0].meta["val"].shape[-1]  # type: ignore[return-value, union-attr]
+    return None
 
 
 def _over_last(node: Node) -> bool:
     dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
     keeps = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    last = node.args[0].meta["val"].dim() - 1  # type: ignore[union-attr]
+    return _is_last(node.args[0], dims, keeps)
+
+
+def _is_last(x: Any, dims: Any = None, keeps: Any = False) -> bool:
+    last = x.meta["val"].dim() - 1
     return keeps is True and isinstance(dims, (list, tuple)) and [d % (last + 1) for d in dims] == [last]
 
 

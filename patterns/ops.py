@@ -7,9 +7,21 @@ CAT = "aten.cat.default"
 SAME_AS = {
     "aten.concat.default": "aten.cat.default",
     "aten.concatenate.default": "aten.cat.default",
+    "aten.broadcast_to.default": "aten.expand.default",
+    "aten.divide.Tensor": "aten.div.Tensor",
     "aten.multiply.Tensor": "aten.mul.Tensor",
+    "aten.negative.default": "aten.neg.default",
     "aten.special_expit.default": "aten.sigmoid.default",
+    "aten.subtract.Tensor": "aten.sub.Tensor",
+    "aten.true_divide.Tensor": "aten.div.Tensor",
 }
+# Casts that name a device, too, or to the dtype that another tensor has.
+CASTS_TO_DEVICE = frozenset({"aten.to.device", "aten.to.dtype_layout"})
+CASTS_LIKE = frozenset({"aten.to.other", "aten.type_as.default"})
+NEG = "aten.neg.default"
+MUL = "aten.mul.Tensor"
+DIV = "aten.div.Tensor"
+SUB = "aten.sub.Tensor"
 SUBTRACTED_FROM = frozenset({"aten.rsub.Scalar", "aten.rsub.Tensor"})
 REDUCTIONS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
 UNSQUEEZE = "aten.unsqueeze.default"
@@ -17,7 +29,14 @@ UNSQUEEZE = "aten.unsqueeze.default"
 # Spellings of a linear: products with the transpose of a parameter, and the sum that adds a bias.
 ADDMM = "aten.addmm.default"
 EINSUM = "aten.einsum.default"
-PRODUCTS = frozenset({"aten.matmul.default", "aten.mm.default", ADDMM, EINSUM})
+BADDBMM = "aten.baddbmm.default"
+MATMUL = "aten.matmul.default"
+MV = "aten.mv.default"
+INNER = "aten.inner.default"
+TENSORDOT = "aten.tensordot.default"
+PRODUCTS = frozenset(
+    {MATMUL, MV, INNER, TENSORDOT, "aten.mm.default", "aten.bmm.default", ADDMM, BADDBMM, EINSUM}
+)
 ADDS = frozenset({"aten.add.Tensor"})
 
 # Arithmetic that hands on its operand where the other one is this number; whether they may change places.
@@ -28,6 +47,14 @@ ARITHMETIC = {
     "aten.div.Tensor": (1, False),
 }
 CLONE = "aten.clone.default"
+POWER = "aten.pow.Tensor_Scalar"
+
+# Copies of elements that a view, or a cat of them, spells as well.
+ARANGE = frozenset({"aten.arange.default", "aten.arange.start", "aten.arange.start_step"})
+INDEX = "aten.index.Tensor"
+INDEX_SELECT = "aten.index_select.default"
+REPEAT = "aten.repeat.default"
+STACK = "aten.stack.default"
 
 # May hand back their input unchanged: a call that does so is folded away.
 MAYBE_IDENTITY = frozenset(
@@ -43,7 +70,7 @@ MAYBE_IDENTITY = frozenset(
     }
 )
 
-# A call of one of these on the same base sees the same memory as an equal call before it.
+# Show the memory of their first argument.
 VIEWS = frozenset(
     {
         "aten._unsafe_view.default",
@@ -95,11 +122,18 @@ READ_ONLY_HIGHER_ORDER = frozenset(
     {"auto_functionalized", "auto_functionalized_v2", "flex_attention", "triton_kernel_wrapper_functional"}
 )
 
+# Convolutions over time by another name, with strides and paddings in the same places.
+CONV1D_BY_NAME = "aten.conv1d.padding"
+CONVOLUTION = "aten.convolution.default"
+
 DROPOUT = "aten.dropout.default"
 
 # One spelling for a change of shape: `reshape` is right for every stride, the others only for some.
 RESHAPES = frozenset({"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"})
 RESHAPE = "aten.reshape.default"
+EXPAND = "aten.expand.default"
+REPEATED = frozenset({EXPAND, UNSQUEEZE})
+FLATTEN = "aten.flatten.using_ints"
 VIEW_AS = "aten.view_as.default"
 
 # Move elements without changing any of them.
@@ -109,17 +143,25 @@ LAYOUT = RESHAPES | frozenset(
         "aten.chunk.default",
         "aten.clone.default",
         "aten.contiguous.default",
+        "aten.dsplit.array",
+        "aten.dsplit.int",
         "aten.flatten.using_ints",
+        "aten.hsplit.array",
+        "aten.hsplit.int",
         "aten.mT.default",
         "aten.moveaxis.int",
         "aten.movedim.int",
+        "aten.movedim.intlist",
         "aten.narrow.default",
+        "aten.narrow_copy.default",
         "aten.permute.default",
+        "aten.roll.default",
         "aten.select.int",
         "aten.slice.Tensor",
         "aten.split.Tensor",
         "aten.split.sizes",
         "aten.split_with_sizes.default",
+        "aten.stack.default",
         "aten.squeeze.default",
         "aten.squeeze.dim",
         "aten.swapaxes.default",
@@ -129,6 +171,11 @@ LAYOUT = RESHAPES | frozenset(
         "aten.transpose.int",
         "aten.unbind.int",
         "aten.unflatten.int",
+        "aten.unsafe_chunk.default",
+        "aten.unsafe_split.Tensor",
+        "aten.unsafe_split_with_sizes.default",
         "aten.unsqueeze.default",
+        "aten.vsplit.array",
+        "aten.vsplit.int",
     }
 )

@@ -30,6 +30,14 @@ SUMS = {
     "aten.rsub.Scalar": (-1, 1),
 }
 
+# Tensors of nothing but zeros.
+ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"})
+
+# Comparisons with a number, and from where on softplus(x) and x are the same in fp32.
+ABOVE = frozenset({"aten.gt.Scalar", "aten.ge.Scalar"})
+BELOW = frozenset({"aten.lt.Scalar", "aten.le.Scalar"})
+SOFTPLUS_IS_LINEAR = 17.0
+
 CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"
 CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
@@ -37,7 +45,14 @@ RECURRENT_DELTA_RULE = "fxfuse.recurrent_gated_delta_rule.default"
 
 # Cut or repeat keys and values on their way to attention.
 REPEATS = BROADCASTS | frozenset(
-    {"aten.clone.default", "aten.contiguous.default", "aten.repeat_interleave.self_int"}
+    {
+        "aten.clone.default",
+        "aten.contiguous.default",
+        "aten.flatten.using_ints",
+        "aten.index.Tensor",
+        "aten.index_select.default",
+        "aten.repeat_interleave.self_int",
+    }
 )
 
 # What may follow a convolution and belong to it.

@@ -10,6 +10,7 @@ as somebody wrote them, before any tracer has made them one. Every value is comp
 that shapes are known and what cannot run is never written.
 """
 
+import operator
 import random
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -37,6 +38,7 @@ class Speller:
         plain: use the first spelling of each operation, and wrap nothing.
         dynamic: write leading sizes as `x.size(0)`, never as numbers.
         seed: decides the values of parameters, together with their names.
+        dtype: of floating inputs and parameters.
 
     Attributes:
         prefix: of the names of parameters; under the same prefix blocks share their weights.
@@ -51,6 +53,7 @@ class Speller:
         plain: bool = False,
         dynamic: bool = False,
         seed: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.rng = rng
         self.root = nn.Module()
@@ -60,6 +63,7 @@ class Speller:
         self.dynamic = dynamic
         self.plain = plain
         self.seed = seed
+        self.dtype = dtype
         self.prefix = ""
         self._only = dict(only or {})
         self._extra = 0.0 if plain else extra
@@ -67,8 +71,9 @@ class Speller:
 
     # Building
 
-    def input(self, value: Tensor) -> Node:
-        """A new input of the graph, with the value that it is built on."""
+    def input(self, value: Tensor, dtype: torch.dtype | None = None) -> Node:
+        """A new input of the graph, with the value that it is built on; floating ones in the own dtype."""
+        value = value.to(dtype or self.dtype) if value.is_floating_point() else value
         first = next((node for node in self.graph.nodes if node.op != "placeholder"), None)
         with self.graph.inserting_before(first) if first is not None else nullcontext():
             node = self.graph.placeholder(f"x{len(self.inputs)}")
@@ -77,26 +82,28 @@ class Speller:
         return node
 
     def parameter(self, name: str, value: Tensor) -> Node:
-        """A parameter of the module; the same name gives the same parameter."""
+        """A parameter of the module; the same name gives the same parameter, in the own dtype."""
         name = self.prefix + name
         path, _, leaf = name.rpartition(".")
         if path and not hasattr(self.root, path):
             self.root.add_module(path, nn.Module())
         owner = getattr(self.root, path) if path else self.root
         if not hasattr(owner, leaf):
-            owner.register_parameter(leaf, nn.Parameter(value.clone(), requires_grad=False))
+            owner.register_parameter(leaf, nn.Parameter(value.to(self.dtype), requires_grad=False))
         return self._noted(self.graph.get_attr(name), getattr(owner, leaf).detach())
 
-    def linear_module(
-        self, name: str, features: int, outputs: int, bias: bool, dtype: torch.dtype
-    ) -> nn.Linear:
-        """An nn.Linear of the module with small integers as weights; the same name gives the same one."""
+    def owned(self, name: str) -> Any:
+        """The submodule of that name, under the prefix of the block at hand."""
+        return getattr(self.root, self.prefix + name)
+
+    def own(self, name: str, make: Callable[[], nn.Module]) -> None:
+        """A submodule with small integers as weights; the same name gives the same one."""
+        name = self.prefix + name
         if not hasattr(self.root, name):
-            made = nn.Linear(features, outputs, bias, dtype=dtype).requires_grad_(False)
+            made = make().requires_grad_(False).to(self.dtype)
             for leaf, tensor in made.named_parameters():
-                tensor.copy_(integer_tensor(tensor.shape, self.seed_of(f"{name}.{leaf}"), dtype=dtype))
+                tensor.copy_(integer_tensor(tensor.shape, self.seed_of(f"{name}.{leaf}"), dtype=self.dtype))
             self.root.add_module(name, made)
-        return getattr(self.root, name)
 
     def seed_of(self, name: str) -> int:
         """A seed for the values of the parameter of that name."""
@@ -115,6 +122,10 @@ class Speller:
             self.root.add_module(name, module)
         value = self._run(getattr(self.root, name), args, {})
         return self._noted(self.graph.call_module(name, args), value)
+
+    def parts(self, made: Node, count: int) -> list[Node]:
+        """The results of a call that has several."""
+        return [self.call(operator.getitem, made, i) for i in range(count)]
 
     def value(self, node: Any) -> Any:
         """The value of a node; anything else is its own value."""
@@ -183,7 +194,8 @@ class Speller:
         """x·Wᵀ + b over the last dimension, with parameters `name.weight` and `name.bias`."""
         x = self.same(x)
         name = name or f"linear{sum(1 for n, _ in self.root.named_children() if 'linear' in n)}"
-        self.linear_module(self.prefix + name, self.shape(x)[-1], outputs, bias, self.value(x).dtype)
+        features = self.shape(x)[-1]
+        self.own(name, lambda: nn.Linear(features, outputs, bias))
         return self.same(self.spell("linear", x, name))
 
     def reshape(self, x: Node, *shape: Any) -> Node:
@@ -197,6 +209,10 @@ class Speller:
     def cat(self, parts: Sequence[Node], dim: int = -1) -> Node:
         return self.same(self.spell("cat", list(parts), dim))
 
+    def unsqueeze(self, x: Node, dim: int) -> Node:
+        """A new dimension of size 1, counted from the front."""
+        return self.same(self.spell("unsqueeze", x, dim))
+
     def transpose(self, x: Node, a: int, b: int) -> Node:
         """Two dimensions, counted from the front, exchanged."""
         return self.same(self.spell("transpose", x, a, b))
@@ -207,6 +223,9 @@ class Speller:
 
     def add(self, a: Any, b: Any) -> Node:
         return self.same(self.spell("add", a, b))
+
+    def sub(self, a: Any, b: Any) -> Node:
+        return self.same(self.spell("sub", a, b))
 
     def mul(self, a: Any, b: Any) -> Node:
         return self.same(self.spell("mul", a, b))
@@ -239,6 +258,20 @@ class Speller:
 
     def softplus(self, x: Node) -> Node:
         return self.same(self.spell("softplus", x))
+
+    def convolution(self, x: Node, name: str, taps: int, *, causal: bool, bias: bool = False) -> Node:
+        """Each channel of [B, C, T] with `taps` weights of its own; as long as x where it is causal."""
+        channels, padding = self.shape(x)[1], taps - 1 if causal else 0
+        self.own(name, lambda: nn.Conv1d(channels, channels, taps, 1, padding, groups=channels, bias=bias))
+        return self.same(self.spell("causal" if causal else "depthwise", self.same(x), name))
+
+    def attend(self, q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False) -> Node:
+        """Scaled dot product attention over [B, H, T, D]."""
+        return self.same(self.spell("attend", q, k, v, mask, causal))
+
+    def rotate(self, x: Node, cos: Node, sin: Node) -> Node:
+        """x · cos + (−b, a) · sin for x = (a, b)."""
+        return self.same(self.spell("rotate", x, cos, sin))
 
     def repeat_heads(self, x: Node, times: int) -> Node:
         """[B, H, T, D] with each head `times` times in a row: [B, H·times, T, D]."""

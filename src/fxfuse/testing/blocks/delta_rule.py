@@ -1,0 +1,129 @@
+"""Gated DeltaNet: the gates of the chunked rule, the rule, and one decoded token from projection to output.
+
+g = −exp(A_log) · softplus(a + dt_bias), β = sigmoid(b); for each token S ← S · exp(g) + k̂ ⊗ β (v − Sᵀ k̂) and
+y = Sᵀ q̂ / √dk ("Gated Delta Networks", Yang, Kautz and Hatamizadeh 2024; Qwen3-Next and Qwen3.5).
+"""
+
+import random
+
+import torch
+from torch.fx import Node
+
+from fxfuse.runtime import ops
+from fxfuse.testing.blocks.block import Block, Sizes, base, normal, seeded
+from fxfuse.testing.blocks.norms import normed
+from fxfuse.testing.speller import Speller
+
+assert ops  # registers the chunked rule, which capture keeps as one node
+
+
+def _draw(rng: random.Random) -> Sizes:
+    return base(
+        rng,
+        heads=rng.choice((2, 1)),
+        ratio=rng.choice((2, 1, 3)),
+        key=rng.choice((4, 3)),
+        value=rng.choice((6, 5)),
+    )
+
+
+def _log_decay(s: Speller, a: Node, heads: int) -> Node:
+    a_log = s.parameter("A_log", seeded(s, "A_log", heads))
+    dt_bias = s.parameter("dt_bias", seeded(s, "dt_bias", heads))
+    decay = s.exp(s.cast(a_log, torch.float32))
+    shifted = s.add(s.cast(a, torch.float32), dt_bias)
+    return s.mul(s.neg(decay), s.softplus(shifted))
+
+
+def _chunked_rule(s: Speller, sizes: Sizes, x: Node, g: Node, beta: Node) -> list[Node]:
+    batch, length = s.sizes(x, 2)
+    heads, values = sizes["heads"], sizes["heads"] * sizes["ratio"]
+    q = s.reshape(s.linear(x, heads * sizes["key"], name="q"), batch, length, heads, sizes["key"])
+    k = s.reshape(s.linear(x, heads * sizes["key"], name="k"), batch, length, heads, sizes["key"])
+    v = s.reshape(s.linear(x, values * sizes["value"], name="v"), batch, length, values, sizes["value"])
+    both = s.call(torch.ops.fxfuse.chunk_gated_delta_rule.default, q, k, v, g, beta, None, True)
+    return [s.mul(part, 2) for part in s.parts(both, 2)]
+
+
+def _write_gates(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    heads = sizes["heads"] * sizes["ratio"]
+    b = s.linear(x, heads, name="in_proj_b")
+    a = s.linear(x, heads, name="in_proj_a")
+    return _chunked_rule(s, sizes, x, _log_decay(s, a, heads), s.sigmoid(b))
+
+
+def _write_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    shape = (sizes["batch"], sizes["length"], sizes["heads"] * sizes["ratio"])
+    g, beta = s.input(-normal(s, "g", *shape).abs()), s.input(normal(s, "b", *shape).sigmoid())
+    return _chunked_rule(s, sizes, x, g, beta)
+
+
+# One decoded token
+
+
+def _draw_step(rng: random.Random) -> Sizes:
+    return _draw(rng) | {"length": 1, "taps": rng.choice((4, 2)), "rows": rng.choice((0, 1, 2))}
+
+
+def _rows(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    """q|k|v [B, 1, C], z [B, 1, HV·dv], b and a [B, 1, HV]: of one row, of four, or interleaved by heads."""
+    heads, ratio, dk, dv = sizes["heads"], sizes["ratio"], sizes["key"], sizes["value"]
+    values = heads * ratio
+    widths = [2 * heads * dk + values * dv, values * dv, values, values]
+    if sizes["rows"] == 0:
+        return s.split(s.linear(x, sum(widths), name="in_proj"), widths)
+    if sizes["rows"] == 1:
+        names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+        return [s.linear(x, width, name=name) for width, name in zip(widths, names, strict=True)]
+    batch, length = s.sizes(x, 2)
+    parts = [dk, dk, ratio * dv, ratio * dv]
+    row = s.linear(x, heads * sum(parts), name="in_proj_qkvz")
+    q, k, v, z = s.split(s.reshape(row, batch, length, heads, sum(parts)), parts)
+    flat = [s.reshape(t, batch, length, heads * width) for t, width in zip((q, k, v), parts, strict=False)]
+    gates = s.reshape(s.linear(x, 2 * values, name="in_proj_ba"), batch, length, heads, 2 * ratio)
+    b, a = (s.reshape(t, batch, length, values) for t in s.split(gates, [ratio, ratio]))
+    return [s.cat(flat), s.reshape(z, batch, length, values * dv), b, a]
+
+
+def _normalised(s: Speller, x: Node) -> Node:
+    wide = s.cast(x, torch.float32)
+    return s.mul(wide, s.rsqrt(s.add(s.sum(s.square(wide)), 1e-6)))
+
+
+def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    batch, heads, ratio, dk, dv = (sizes[n] for n in ("batch", "heads", "ratio", "key", "value"))
+    values, channels = heads * ratio, 2 * heads * dk + heads * ratio * dv
+    conv_state = s.input(normal(s, "conv_state", batch, channels, sizes["taps"]))
+    state = s.input(normal(s, "state", batch, values, dk, dv), dtype=torch.float32)
+    mixed, z, b, a = _rows(s, sizes, x)
+
+    window = s.cat([conv_state, s.transpose(mixed, 1, 2)])
+    last = s.split(window, [1, sizes["taps"]])[1]
+    s.spell("write", conv_state, last)
+    y = s.convolution(last, "conv1d", sizes["taps"], causal=False)
+    mixed = s.transpose(s.silu(y), 1, 2)
+    q, k, v = s.split(mixed, [heads * dk, heads * dk, values * dv])
+    q, k = (s.repeat_heads(s.reshape(t, batch, heads, 1, dk), ratio) for t in (q, k))
+    q, k = (s.reshape(_normalised(s, t), batch, values, dk) for t in (q, k))
+    v = s.cast(s.reshape(v, batch, values, dv), torch.float32)
+
+    decay = s.exp(s.reshape(_log_decay(s, a, values), batch, values, 1, 1))
+    beta = s.reshape(s.sigmoid(s.cast(b, torch.float32)), batch, values, 1)
+    kept = s.mul(state, decay)
+    delta = s.mul(s.sub(v, s.spell("read_state", kept, k)), beta)
+    new = s.add(kept, s.spell("outer", k, delta))
+    out = s.spell("read_state", new, s.mul(q, dk**-0.5))
+    s.spell("write", state, new)
+
+    weight = s.parameter("norm.weight", seeded(s, "norm.weight", dv))
+    gate = s.silu(s.cast(s.reshape(z, batch, values, dv), torch.float32))
+    y = s.mul(s.mul(s.cast(weight, torch.float32), normed(s, out, 1e-6)), gate)
+    row = s.reshape(s.cast(y, s.dtype, x), batch, 1, values * dv)
+    return [s.linear(row, sizes["hidden"], name="out_proj")]
+
+
+BLOCKS = (
+    Block("gates_of_the_delta_rule", "gdn_gates", _draw, _write_gates, exact=False),
+    Block("chunked_rule", "chunked_delta_rule", _draw, _write_rule, exact=False),
+    Block("decoded_token", "gdn_decode", _draw_step, _write_step, exact=False),
+)

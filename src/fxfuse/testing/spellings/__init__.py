@@ -1,0 +1,64 @@
+"""Ways to write one operation, by name: functions, methods, operators, keywords, in place, and by detours.
+
+Each entry of the table takes the speller and the operands, writes calls and returns the result, or raises
+`DoesNotApply` before it writes anything. All spellings of an operation have equal values: bit for bit where
+the operation moves elements or works on small integers, to rounding elsewhere. The first of each is the
+plain one.
+
+Nothing here knows of fxfuse's normal form, or shares code with it.
+"""
+
+from collections.abc import Mapping
+
+from fxfuse.testing.spellings import (
+    activations,
+    arithmetic,
+    attention,
+    convolutions,
+    dimensions,
+    identities,
+    linears,
+    reductions,
+    shapes,
+    writes,
+)
+from fxfuse.testing.spellings.spelling import DoesNotApply, Spelling
+
+__all__ = ["TABLE", "DoesNotApply"]
+
+TABLE: Mapping[str, dict[str, Spelling]] = {
+    "size": shapes.SIZE,
+    "identity": identities.IDENTITY,
+    "reshape": shapes.RESHAPE,
+    "split": shapes.SPLIT,
+    "cat": shapes.CAT,
+    "unsqueeze": dimensions.UNSQUEEZE,
+    "transpose": dimensions.TRANSPOSE,
+    "repeat_heads": dimensions.REPEAT_HEADS,
+    "linear": linears.LINEAR,
+    "turned": linears.TURNED,
+    "cast": arithmetic.CAST,
+    "add": arithmetic.ADD,
+    "sub": arithmetic.SUB,
+    "mul": arithmetic.MUL,
+    "neg": arithmetic.NEG,
+    "square": arithmetic.SQUARE,
+    "rsqrt": arithmetic.RSQRT,
+    "mean": reductions.MEAN,
+    "sum": reductions.SUM,
+    "read_state": reductions.READ_STATE,
+    "outer": reductions.OUTER,
+    "exp": activations.EXP,
+    "sigmoid": activations.SIGMOID,
+    "silu": activations.SILU,
+    "softplus": activations.SOFTPLUS,
+    "depthwise": convolutions.DEPTHWISE,
+    "causal": convolutions.CAUSAL,
+    "taps": convolutions.TAPS,
+    "attend": attention.ATTEND,
+    "half_turn": attention.HALF_TURN,
+    "rotate": attention.ROTATE,
+    "write": writes.WRITE,
+    "write_at": writes.WRITE_AT,
+    "count_up": writes.COUNT_UP,
+}
