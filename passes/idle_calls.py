@@ -94,11 +94,12 @@ def writes_to_values(program: Program) -> None:
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
     changed = False
+    dtypes = {node: getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
     for storage, nodes in sharing.items():
         if storage is None or len(nodes) == 1:
             continue
         position = {node: i for i, node in enumerate(program.graph.nodes)}
-        values = _values_of_writes(nodes, position)
+        values = _values_of_writes(nodes, position, dtypes)
         if not values or (storage in fixed and not _laid_out_alike(program, nodes, values)):
             continue
         written = nodes[: len(values) + 1]
@@ -125,7 +126,7 @@ def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
         program.graph.erase_node(root)
 
 
-def _values_of_writes(nodes: list[Node], position: dict[Node, int]) -> list[Any]:
+def _values_of_writes(nodes: list[Node], position: dict[Node, int], dtypes: dict[Node, Any]) -> list[Any]:
     """What the writes compute, for memory that one node makes and others then write as a whole.
 
     Views of it may follow the last write; nothing for any other memory.
@@ -143,7 +144,7 @@ def _values_of_writes(nodes: list[Node], position: dict[Node, int]) -> list[Any]
         is_list = not isinstance(user.meta.get("val"), Tensor) and position[user] < position[writes[-1]]
         if user not in writes and (is_list or any(n in nodes for n in written_by(user))):
             return []
-    values = [_as_value(node) for node in writes]
+    values = [_as_value(node, dtypes) for node in writes]
     return [] if any(value is None for value in values) else values
 
 
@@ -162,7 +163,7 @@ def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> b
     return True
 
 
-def _as_value(node: Node) -> Any:
+def _as_value(node: Node, dtypes: dict[Node, Any]) -> Any:
     """The overload that returns what this one writes to its first argument, None where there is none."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
@@ -175,8 +176,7 @@ def _as_value(node: Node) -> Any:
     functional = _overload_like(node.target, name[:-1])
     if functional is None or value is None:
         return None
-    operands = [n.meta.get("val") for n in node.all_input_nodes[1:]]
-    if any(isinstance(o, Tensor) and o.dtype != value.dtype for o in operands):
+    if any(dtypes[n] not in (None, value.dtype) for n in node.all_input_nodes[1:]):
         return None  # the value would have the wider dtype
     return functional
 

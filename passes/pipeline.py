@@ -108,7 +108,7 @@ def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, 
         program, outcomes[each.name] = _attempt(each.name, each.run, program)
     if program is given:
         program = program.copy()
-    program.graph_module.recompile()
+    program.write_code()
     return program, outcomes
 
 

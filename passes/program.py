@@ -44,6 +44,13 @@ class FusedWeight:
     shares_memory: bool
 
 
+class _Draft(GraphModule):
+    """A graph module without code, which costs more than a copy: between passes nobody calls it."""
+
+    def recompile(self) -> Any:
+        return None
+
+
 @dataclass
 class Program:
     """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder."""
@@ -60,8 +67,11 @@ class Program:
         return self.graph_module.graph
 
     def copy(self) -> Program:
-        """An independent graph over the same weights; the metas' values are shared."""
-        graph_module = GraphModule(self.graph_module, copy.deepcopy(self.graph))
+        """An independent graph over the same weights; the metas' values are shared.
+
+        Its module has no code before `write_code`.
+        """
+        graph_module = _Draft(self.graph_module, copy.deepcopy(self.graph))
         graph_module.meta.update(self.graph_module.meta)
         for new, old in zip(graph_module.graph.nodes, self.graph.nodes, strict=True):
             new.meta = dict(old.meta)
@@ -70,6 +80,12 @@ class Program:
         return Program(
             graph_module, self.weights, self.fake_mode, self.grad_enabled, self.copy_weights, list(self.fused)
         )
+
+    def write_code(self) -> None:
+        """Make the graph module one that can be called."""
+        meta = self.graph_module.meta
+        self.graph_module = GraphModule(self.graph_module, self.graph)
+        self.graph_module.meta.update(meta)
 
     def placeholders(self) -> list[Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]

@@ -25,4 +25,6 @@ def run(program: Program) -> Outcome:
         found = rule.run(program)
         outcome.matches += found.matches
         outcome.misses += found.misses
+        if found.matches:
+            program.refresh()  # the next rule reads the values of this one's calls
     return outcome
