@@ -27,12 +27,15 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     What a killed run left behind is removed first. Raises CheckpointError when the destination exists and
     may not be overwritten, when another run is writing to it, and when the system refuses.
     """
-    if (destination.exists() or destination.is_symlink()) and not overwrite:
-        raise CheckpointError(f"{destination}: exists; choose another folder, or allow it to be overwritten")
-    if destination.is_symlink() or (destination.exists() and not destination.is_dir()):
-        raise CheckpointError(f"{destination}: is no folder of its own; remove it first")
     partial = destination.parent / f".{destination.name}.partial"
     try:
+        there = os.path.lexists(destination)
+        if there and not overwrite:
+            raise CheckpointError(
+                f"{destination}: exists; choose another folder, or allow it to be overwritten"
+            )
+        if there and (destination.is_symlink() or not destination.is_dir()):
+            raise CheckpointError(f"{destination}: is no folder of its own; remove it first")
         partial.mkdir(parents=True, exist_ok=True)
         lock = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError as error:
@@ -51,8 +54,11 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         _rename(partial, destination)
     except OSError as error:
         _remove(partial)
-        what = "the disk is full" if error.errno == errno.ENOSPC else str(error)
-        raise CheckpointError(f"{destination}: cannot be written ({what}); nothing is left there") from error
+        what = f"{error.filename}: " if error.filename else ""
+        why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+        raise CheckpointError(
+            f"{destination}: {what}cannot be written ({why}); nothing is left there"
+        ) from error
     except BaseException:
         _remove(partial)
         raise
@@ -81,11 +87,13 @@ def write_tensors(
                 _write(out.fileno(), memoryview(header_of((e.spec, e.dtype, e.size) for e in shard)))
                 for entry in shard:
                     for piece in tensors.pieces(entry.spec.name, opened):
-                        _write(out.fileno(), piece)
+                        with _naming(entry.spec.name, file):
+                            _write(out.fileno(), piece)
                         done += len(piece)
                         if progress is not None:
                             progress(done, total)
-                os.fsync(out.fileno())
+                with _naming(shard[-1].spec.name, file):
+                    os.fsync(out.fileno())
     if count > 1:
         weight_map = {e.spec.name: file for file, shard in zip(files, shards, strict=True) for e in shard}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -96,7 +104,13 @@ def write_tensors(
 def carry_files(source: Path, folder: Path) -> list[str]:
     """Copy what is beside the weights (config, tokenizer, generation settings, licence); the names copied."""
     carried = []
-    for file in sorted(source.iterdir()):
+    try:
+        beside = sorted(source.iterdir())
+    except OSError as error:
+        raise CheckpointError(
+            f"{source}: cannot be listed ({error}); allow it, or copy the folder"
+        ) from error
+    for file in beside:
         if (
             file.name == PLAN
             or file.name.startswith(".")
@@ -104,9 +118,14 @@ def carry_files(source: Path, folder: Path) -> list[str]:
             or not file.is_file()
         ):
             continue
-        shutil.copyfile(file, folder / file.name)
-        with open(folder / file.name, "rb") as copied:
-            os.fsync(copied.fileno())
+        try:
+            opened = open(file, "rb")  # noqa: SIM115
+        except OSError as error:
+            raise CheckpointError(f"{file}: cannot be read ({error}); allow it, or remove it") from error
+        with opened, open(folder / file.name, "xb") as out:
+            shutil.copyfileobj(opened, out)
+            out.flush()
+            os.fsync(out.fileno())
         carried.append(file.name)
     return carried
 
@@ -135,6 +154,16 @@ def _shards(entries: Sequence[Entry], limit: int) -> list[list[Entry]]:
 def _by_alignment(entry: Entry) -> int:
     elements = entry.spec.rows * entry.spec.width
     return -(entry.size // elements) if elements else 0
+
+
+@contextmanager
+def _naming(tensor: str, file: str) -> Iterator[None]:
+    """What the system refuses says which tensor of which file it was."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = f"{tensor} in {file}"
+        raise
 
 
 def _write(descriptor: int, data: memoryview) -> None:

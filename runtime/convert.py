@@ -9,18 +9,14 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.passes.weights import Draft, WeightPlan
 from fxfuse.runtime.checkpoint_writer import Progress, carry_files, new_directory, write_tensors, write_text
-from fxfuse.runtime.families import family_of
-from fxfuse.runtime.headers import PLAN, read_config, read_plan, read_tensors
-from fxfuse.runtime.layouts.scales import SCALES
+from fxfuse.runtime.faults import check_scales, read_checked
+from fxfuse.runtime.headers import PLAN, read_config, read_tensors
 from fxfuse.runtime.plan import plan_and_origin
 from fxfuse.runtime.safetensors_file import Entry
 from fxfuse.runtime.streaming import Files, PlannedTensors
-from fxfuse.runtime.template import decoder_on_meta, load_config
 
 SHARD_BYTES = 5 * 10**9
 
@@ -91,12 +87,8 @@ def convert(
     source, destination = Path(src_dir), Path(dst_dir)
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise OptionError(f"shard_bytes={shard_bytes!r}: give a positive number of bytes")
-    config = read_config(source)
     _check_apart(source, destination)
-    entries = read_tensors(source)
-    family_of(config.get("model_type"))
-    earlier = read_plan(source)
-    _check_tensors(config, entries, earlier)
+    entries, earlier = read_checked(source)
     if plan is None:
         planned, origin = plan_and_origin(source, layout, tp)
     elif tp is not None:
@@ -105,7 +97,7 @@ def convert(
         layout, planned = "given by a plan", plan.bind({name: e.spec for name, e in entries.items()})
         origin = _after(earlier, planned, entries)
     tensors = PlannedTensors(entries, planned)
-    _check_scales(entries)
+    check_scales(entries)
     _check_room(destination, sum(tensors.describe(name).size for name in tensors.names))
     with new_directory(destination, overwrite) as folder:
         files = write_tensors(folder, tensors, shard_bytes, progress)
@@ -173,14 +165,14 @@ def _first_difference(left: Iterator[memoryview], right: Iterator[memoryview]) -
 
 
 def _check_apart(source: Path, destination: Path) -> None:
-    home, new = source.resolve(), destination.resolve()
+    home, new = (Path(os.path.realpath(path)) for path in (source, destination))
     if new == home or new.is_relative_to(home) or home.is_relative_to(new):
         raise CheckpointError(f"{destination}: lies in the source or around it; choose one apart from it")
 
 
 def _check_room(destination: Path, size: int) -> None:
     """Raises CheckpointError when the disk has no room for the result."""
-    folder = next((parent for parent in destination.absolute().parents if parent.is_dir()), None)
+    folder = next((parent for parent in destination.absolute().parents if os.path.isdir(parent)), None)
     if folder is None:
         return
     status = os.statvfs(folder)
@@ -189,52 +181,6 @@ def _check_room(destination: Path, size: int) -> None:
         raise CheckpointError(
             f"{destination}: needs {size / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB left; choose another"
         )
-
-
-def _check_tensors(
-    config: Mapping[str, Any], entries: Mapping[str, Entry], earlier: WeightPlan | None
-) -> None:
-    """Raises CheckpointError for a decoder's weight that holds no floats or has not the config's shape."""
-    shapes = _expected_shapes(config)
-    for target in earlier.targets if earlier is not None else ():
-        shapes.pop(target.name, None)
-    for name, entry in entries.items():
-        shape = shapes.get(name)
-        if shape is None:
-            continue
-        if not entry.dtype.startswith(("F", "BF")):
-            raise CheckpointError(f"{entry.file}: {name} has dtype {entry.dtype}; a weight holds floats")
-        if shape != entry.spec.shape:
-            raise CheckpointError(
-                f"{entry.file}: {name} has shape {list(entry.spec.shape)}, "
-                f"by config.json it has {list(shape)}"
-            )
-
-
-def _check_scales(entries: Mapping[str, Entry]) -> None:
-    """Raises CheckpointError for a scale that is no number: every weight under it would be lost."""
-    with Files() as files:
-        unchanged = PlannedTensors(entries, WeightPlan())
-        for name, entry in entries.items():
-            if name.rpartition(".")[2] not in SCALES or entry.spec.dtype is None:
-                continue
-            dtype = getattr(torch, entry.spec.dtype)
-            for piece in unchanged.pieces(name, files):
-                if len(piece) and torch.frombuffer(piece, dtype=dtype).float().isnan().any():
-                    raise CheckpointError(f"{entry.file}: {name} holds NaN; fetch the file again")
-
-
-def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the decoder's tensors by the names of a two-part and of a text model, experts left out."""
-    decoder = decoder_on_meta(load_config(config))
-    shapes = {
-        name: tuple(tensor.shape) for name, tensor in decoder.named_parameters() if ".experts." not in name
-    }
-    return {
-        prefix + name: shape
-        for prefix in ("model.", "model.language_model.")
-        for name, shape in shapes.items()
-    }
 
 
 def _after(earlier: WeightPlan | None, planned: WeightPlan, entries: Mapping[str, Entry]) -> WeightPlan:

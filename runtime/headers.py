@@ -15,17 +15,20 @@ QUANTIZATION = "hf_quant_config.json"
 INDEX = "model.safetensors.index.json"
 PLAN = "fxfuse_plan.json"
 
+# pickles, which could run anything, and formats of other programs
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+
 
 def read_config(directory: Path) -> dict[str, Any]:
     """The checkpoint's config.json, with what ModelOpt says of the weights in a file of its own.
 
     Raises CheckpointError when a file is missing or no JSON object.
     """
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
         raise CheckpointError(f"{directory}: not a directory; give the directory that holds {CONFIG}")
     config = _read_object(directory / CONFIG)
     beside = directory / QUANTIZATION
-    if "quantization_config" not in config and beside.exists():
+    if "quantization_config" not in config and os.path.lexists(beside):
         fields = _read_object(beside).get("quantization")
         if not isinstance(fields, dict):
             raise CheckpointError(f'{beside}: says nothing under "quantization"; fetch it again')
@@ -36,7 +39,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 def read_plan(directory: Path) -> WeightPlan | None:
     """The plan that a converted checkpoint was made with, or None; raises CheckpointError if damaged."""
     file = directory / PLAN
-    if not file.exists() and not file.is_symlink():
+    if not os.path.lexists(file):
         return None
     try:
         return WeightPlan.from_json(file.read_text(encoding="utf-8"))
@@ -56,21 +59,22 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
     the index.
     """
     index = directory / INDEX
-    # is_symlink: a link to nothing is an index that cannot be read, not one that is absent
-    weight_map = _weight_map(index) if index.exists() or index.is_symlink() else None
-    names = (
-        {file.name for file in directory.glob("*.safetensors")}
-        if weight_map is None
-        else {*weight_map.values()}
-    )
-    if not names:
+    # a link to nothing is an index that cannot be read, not one that is absent
+    weight_map = _weight_map(index) if os.path.lexists(index) else None
+    contents: dict[str, list[str]] = {}
+    for tensor, name in (weight_map or {}).items():
+        contents.setdefault(name, []).append(tensor)
+    if weight_map is None:
+        contents = {file.name: [] for file in directory.glob("*.safetensors")}
+    if not contents:
+        other = sorted(file.name for file in directory.glob("*") if file.suffix in _OTHER_WEIGHTS)
         raise CheckpointError(
             f"{directory}: no {INDEX} and no *.safetensors file; fetch the files with the weights"
+            + (f" ({other[0]} is in a format that is never read)" if other else "")
         )
     found: dict[str, Entry] = {}
-    for name in sorted(names):
-        _check_inside(directory, directory / name)
-        for entry in read_entries(directory / name):
+    for name, expected in sorted(contents.items()):
+        for entry in _entries_of(directory, name, expected):
             if entry.spec.name in found:
                 other = found[entry.spec.name].file.name
                 raise CheckpointError(
@@ -82,6 +86,18 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
             where = f"it is in {found[tensor].file.name}" if tensor in found else "it is in no file"
             raise CheckpointError(f"{index}: places {tensor} in {name}, but {where}; rebuild the index")
     return found
+
+
+def _entries_of(directory: Path, name: str, expected: list[str]) -> list[Entry]:
+    """The tensors of one file; what is raised names those that the index expects there."""
+    try:
+        _check_inside(directory, directory / name)
+        return read_entries(directory / name)
+    except CheckpointError as error:
+        if not expected:
+            raise
+        more = f" and {len(expected) - 1} more" if len(expected) > 1 else ""
+        raise CheckpointError(f"{error}; by the index it holds {expected[0]}{more}") from error
 
 
 def _check_inside(directory: Path, file: Path) -> None:
@@ -104,11 +120,11 @@ def _weight_map(index: Path) -> Mapping[str, str]:
         or not all(isinstance(name, str) for name in weight_map.values())
     ):
         raise CheckpointError(f"{index}: has no weight_map from tensors to files; rebuild the index")
-    outside = next(
-        (name for name in weight_map.values() if PurePath(name).name != name or name in {"", ".."}), None
-    )
-    if outside is not None:
-        raise CheckpointError(f"{index}: names {outside!r}; the files of a checkpoint lie beside its index")
+    for tensor, name in weight_map.items():
+        if PurePath(name).name != name or name in {"", ".."}:
+            raise CheckpointError(
+                f"{index}: places {tensor} in {name!r}; the files of a checkpoint lie beside its index"
+            )
     return weight_map
 
 

@@ -2,15 +2,17 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 
 from fxfuse.errors import CheckpointError
 from fxfuse.passes.weights import TensorSpec, WeightPlan
+from fxfuse.passes.weights.tensor_spec import dtype_name
 from fxfuse.passes.weights.transform import filled_target
 from fxfuse.runtime.decoder_stack import inner_model, plain_tensors
+from fxfuse.runtime.faults import check_scales, is_scale
 from fxfuse.runtime.headers import read_plan, read_tensors
 from fxfuse.runtime.materialise import Materialised
 from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin, plan_of_tensors
@@ -43,8 +45,10 @@ def load_state_dict(
         layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out.
 
     Raises:
-        CheckpointError: names every tensor that is missing, unexpected, doubled or of another shape; the
-            model is then unchanged.
+        CheckpointError: names every tensor that is missing, unexpected, doubled, of another shape or without
+            values; the model is then unchanged, as it is for files that are damaged. Where a file cannot be
+            read to its end though it was all there, a model in memory is partly written, and the message
+            says so.
         PlanError: an unknown layout, or one that cannot be told.
         UnsupportedModelError: an unknown family, or a buffer on the meta device that no file has and
             transformers does not compute.
@@ -57,6 +61,7 @@ def load_state_dict(
         return
     directory = Path(path_or_dict)
     entries = read_tensors(directory)
+    check_scales(entries)
     if read_plan(directory) is not None:
         back = plan_and_origin(directory, "hf")[0]
     else:
@@ -72,10 +77,27 @@ class _FromDict:
         self._tensors = tensors
         self._made = {transform.target.name: transform for transform in back.transforms}
         used = {source.name for source in back.sources}
-        kept = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name not in used}
+        kept = [TensorSpec(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items() if n not in used]
         # a list: a name that is both kept and made comes twice
-        made = [(target.name, target.shape) for target in back.targets]
-        self.shapes = [*kept.items(), *made]
+        self.specs = [*kept, *back.targets]
+
+    def faults(self, names: Iterable[str]) -> list[str]:
+        """In words, those of the named tensors whose values cannot be had."""
+        faults = []
+        for name in names:
+            sources = self._made[name].sources if name in self._made else (name,)
+            devices = {source: self._tensors[source].device.type for source in sources}
+            faults += [f"{s}: on the meta device, without values" for s, d in devices.items() if d == "meta"]
+            if len(devices) > 1 and len({self._tensors[source].device for source in sources}) > 1:
+                where = ", ".join(f"{s} on {self._tensors[s].device}" for s in sources)
+                faults.append(f"{name}: its parts are on several devices ({where})")
+            scales = (s for s, d in devices.items() if is_scale(s) and d != "meta")
+            faults += [f"{s}: holds NaN" for s in scales if bool(self._tensors[s].float().isnan().any())]
+        return faults
+
+    def place(self, name: str) -> str:
+        """Where a tensor is, for messages: a dict says no more than its name."""
+        return ""
 
     def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements) of a tensor."""
@@ -89,7 +111,24 @@ class _FromFiles:
 
     def __init__(self, tensors: PlannedTensors, files: Files) -> None:
         self._tensors, self._files = tensors, files
-        self.shapes = [(name, tensors.describe(name).spec.shape) for name in tensors.names]
+        self.specs = [tensors.describe(name).spec for name in tensors.names]
+
+    def faults(self, names: Iterable[str]) -> list[str]:
+        """In words, those of the named tensors whose values cannot be had.
+
+        Raises CheckpointError for a file of which bytes are missing.
+        """
+        self._files.check(self._tensors.entries.values())
+        dtypes = {name: self._tensors.describe(name).spec.dtype or "" for name in names}
+        return [
+            f"{name}: dtype {dtype}, which torch has not"
+            for name, dtype in dtypes.items()
+            if not isinstance(getattr(torch, dtype, None), torch.dtype)
+        ]
+
+    def place(self, name: str) -> str:
+        """Where a tensor is, for messages: the file of its first part."""
+        return f" (in {self._tensors.describe(name).file})"
 
     def parts(self, name: str) -> Iterator[tuple[int, torch.Tensor]]:
         """(first element, elements) of a tensor, piece by piece."""
@@ -120,31 +159,62 @@ def _back(
 
 def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_FromDict | _FromFiles") -> None:
     """Check everything, and copy only then."""
-    homes = {bare(name): name for name in own}
-    ignored = [re.compile(p) for p in (*_IGNORED, *(getattr(model, _UNEXPECTED, None) or ()))]
-    found: dict[str, str] = {}
-    faults = []
-    for name, shape in tensors.shapes:
-        home = homes.get(bare(name))
-        if home is None:
-            if not any(pattern.search(name) for pattern in ignored):
-                faults.append(f"{name}: unexpected; the model has no such tensor")
-        elif home in found:
-            faults.append(f"{name}: comes twice, as {found[home]} as well")
-        else:
-            found[home] = name
-            if shape != tuple(own[home].shape):
-                faults.append(f"{name}: shape {list(shape)}, the model needs {list(own[home].shape)}")
-    there = {id(own[home]) for home in found}
-    # a tied tensor is there under any of its names
-    faults += [f"{name}: missing" for name, tensor in own.items() if id(tensor) not in there]
+    found, faults = _homes(model, own, tensors)
+    faults += tensors.faults(found.values())
     if faults:
         raise CheckpointError("these tensors do not fit; the model is unchanged:\n  " + "\n  ".join(faults))
+    in_use = any(not own[home].is_meta for home in found)
+    written = 0
     with Materialised(model, own) as given_memory, torch.no_grad():
         for home, name in found.items():
             into = given_memory.tensor(own[home])
             flat = into.view(-1) if into.is_contiguous() else torch.empty(into.numel(), dtype=into.dtype)
-            for at, elements in tensors.parts(name):
-                flat[at : at + len(elements)].copy_(elements)
+            try:
+                for at, elements in tensors.parts(name):
+                    flat[at : at + len(elements)].copy_(elements)
+            except CheckpointError as error:
+                if not in_use:
+                    raise
+                raise CheckpointError(
+                    f"{error}; the model is partly written ({written} of {len(found)} tensors, and {home} in "
+                    "part): load it again, from files that can be read, before it is used"
+                ) from error
             if not into.is_contiguous():
                 into.copy_(flat.view(into.shape))
+            written += 1
+
+
+def _homes(
+    model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_FromDict | _FromFiles"
+) -> tuple[dict[str, str], list[str]]:
+    """For each of the model's tensors the name of the one that goes there, and in words what does not fit."""
+    homes = {bare(name): name for name in own}
+    ignored = [re.compile(p) for p in (*_IGNORED, *(getattr(model, _UNEXPECTED, None) or ()))]
+    found: dict[str, str] = {}
+    faults = []
+    for spec in tensors.specs:
+        name, there = spec.name, tensors.place(spec.name)
+        home = homes.get(bare(name))
+        if home is None:
+            if not any(pattern.search(name) for pattern in ignored):
+                faults.append(f"{name}: unexpected; the model has no such tensor{there}")
+        elif home in found:
+            faults.append(f"{name}: comes twice, as {found[home]} as well{there}")
+        else:
+            found[home] = name
+            needed = own[home]
+            shape, dtype = list(needed.shape), dtype_name(needed.dtype)
+            if list(spec.shape) != shape:
+                faults.append(f"{name}: shape {list(spec.shape)}, the model needs {shape}{there}")
+            if _kind(getattr(torch, spec.dtype or "", None)) not in (None, _kind(needed.dtype)):
+                faults.append(f"{name}: dtype {spec.dtype}, the model needs {dtype}{there}")
+    given = {id(own[home]) for home in found}
+    # a tied tensor is there under any of its names
+    return found, faults + [f"{name}: missing" for name, tensor in own.items() if id(tensor) not in given]
+
+
+def _kind(dtype: object) -> str | None:
+    """What values of a dtype are; those of one kind are rounded to one another."""
+    if not isinstance(dtype, torch.dtype):
+        return None
+    return "floats" if dtype.is_floating_point else "complex" if dtype.is_complex else "integers"

@@ -84,6 +84,8 @@ def plan_and_origin(
     if layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
     subject = _inspect(source)
+    layers = Decoder(subject.family, Geometry(), subject.tensors).of_layers()
+    check_formats((spec for _, layer in layers for spec in layer.values()), scheme_of(subject.config))
     draft, origin = Draft(subject.tensors), None
     if isinstance(source, str | os.PathLike):
         for back in _ways_back(Path(source), subject):
@@ -130,8 +132,6 @@ def _steps(subject: _Subject, layout: str, tp: tuple[int, int] | None = None) ->
     geometry = geometry_of(subject.config) if by_heads else Geometry()
     geometry = with_experts(geometry, subject.config, family.experts)
     scheme = scheme_of(subject.config)
-    layers = Decoder(family, geometry, tensors).of_layers()
-    check_formats((spec for _, layer in layers for spec in layer.values()), scheme)
     steps: list[Step] = []
     present = Draft(tensors)
     if tp is not None:

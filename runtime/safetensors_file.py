@@ -97,7 +97,8 @@ def _entries(file: Path, text: bytes, start: int, room: int) -> list[Entry]:
             raise _unreadable(file, f"{entry.spec.name} {how} {last}")
         reached, last = entry.offset + entry.size, entry.spec.name
     if reached != start + room:
-        raise _unreadable(file, f"its tensors end at byte {reached}, the file at byte {start + room}")
+        cut = next((e.spec.name for e in found if e.offset + e.size > start + room), last)
+        raise _unreadable(file, f"{cut} ends at byte {reached}, the file at byte {start + room}")
     return found
 
 

@@ -158,6 +158,17 @@ class Files:
         while self._open:
             os.close(self._open.popitem()[1])
 
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Raises CheckpointError, naming file and tensor, for bytes that are no longer there to be read."""
+        last = {entry.file: entry for entry in sorted(entries, key=_by_end)}
+        for entry in last.values():
+            try:
+                size = os.fstat(self._descriptor(entry.file)).st_size
+            except OSError as error:
+                raise CheckpointError(f"{entry.file}: {entry.spec.name} cannot be read ({error})") from error
+            if size < entry.offset + entry.size:
+                raise CheckpointError(f"{entry.file}: ends inside of {entry.spec.name}; fetch it again")
+
     def read_into(self, entry: Entry, start: int, into: memoryview) -> None:
         """Fill `into` with a tensor's bytes from `start` on; raises CheckpointError if it cannot be."""
         try:
@@ -179,6 +190,10 @@ class Files:
                 os.close(self._open.popitem(last=False)[1])
         self._open.move_to_end(file)
         return descriptor
+
+
+def _by_end(entry: Entry) -> int:
+    return entry.offset + entry.size
 
 
 def _read_window(

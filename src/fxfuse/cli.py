@@ -92,10 +92,11 @@ def main(
 )
 def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
     """List what a checkpoint holds and which of its tensors fxfuse merges. Reads headers, no weights."""
-    from fxfuse.runtime.headers import read_headers
+    from fxfuse.runtime.faults import read_checked
     from fxfuse.runtime.plan import plan
 
-    headers = read_headers(checkpoint)
+    headers = {name: entry.spec for name, entry in read_checked(checkpoint)[0].items()}
+    planned = plan(checkpoint)
     parts: dict[tuple[str, str], list[int]] = {}
     for name, spec in headers.items():
         # model.language_model.layers.0... belongs to model.language_model, mtp.fc.weight to mtp
@@ -106,14 +107,12 @@ def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
             {"part": part, "dtype": dtype, "tensors": len(sizes), "values": sum(sizes)}
             for (part, dtype), sizes in parts.items()
         ]
-        _print_json(
-            {"checkpoint": str(checkpoint), "parts": found, "plan": loads(plan(checkpoint).to_json())}
-        )
+        _print_json({"checkpoint": str(checkpoint), "parts": found, "plan": loads(planned.to_json())})
         return
     typer.echo(f"{checkpoint}: {len(headers)} tensors")
     for (part, dtype), sizes in parts.items():
         typer.echo(f"  {part:<28} {dtype:<10} {len(sizes):>5} tensors {sum(sizes):>16,} values")
-    typer.echo(str(plan(checkpoint)))
+    typer.echo(str(planned))
 
 
 @app.command(epilog="Example: fxfuse explain ./Qwen3.5-0.8B --html report.html, then open the page.")

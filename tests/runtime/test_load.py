@@ -131,6 +131,34 @@ def test_one_fault_is_enough(make_model: Make, change: dict[str, torch.Tensor]) 
     assert equal(model, before)
 
 
+def test_tensors_whose_values_cannot_be_had_are_refused_before_the_first_is_copied(make_model: Make) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    weights = dict(other.state_dict())
+    name = "model.layers.1.mlp.up_proj.weight"
+    fused = fxfuse.plan(other).apply(weights)
+    for given, message in (
+        (weights | {name: weights[name].to("meta")}, f"{name}: on the meta device, without values"),
+        (weights | {name: weights[name].int()}, f"{name}: dtype int32, the model needs float32"),
+        (weights | {name: weights[name].bool()}, f"{name}: dtype bool, the model needs float32"),
+        (
+            fused | {(gone := next(n for n in fused if "gate_up" in n)): fused[gone].to("meta")},
+            f"{gone}: on the meta device, without values",
+        ),
+    ):
+        with pytest.raises(CheckpointError, match="the model is unchanged") as caught:
+            fxfuse.load_state_dict(model, given)
+        assert message in str(caught.value)
+        assert equal(model, before)
+
+
+def test_other_floats_are_rounded(make_model: Make) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    given = {n: t.to(torch.bfloat16) for n, t in other.state_dict().items()}
+    fxfuse.load_state_dict(model, given)
+    assert equal(model, {n: t.float() for n, t in given.items()})
+
+
 def test_what_is_asked_wrongly_is_refused(make_model: Make, tmp_path: Path) -> None:
     model = make_model()
     with pytest.raises(PlanError, match="layout 'sideways' is not known"):

@@ -65,7 +65,7 @@ LIES: dict[str, tuple[Any, bytes]] = {
     "overlaps": ({"a": entry(), "b": entry(offsets=(4, 12))}, bytes(12)),
     "b leaves a gap after a": ({"a": entry(), "b": entry(offsets=(12, 20))}, bytes(20)),
     "a leaves a gap after the header": ({"a": entry(offsets=(4, 12))}, bytes(12)),
-    "its tensors end at byte": ({"a": entry()}, bytes(7)),
+    "a ends at byte": ({"a": entry()}, bytes(7)),
     "the file at byte": ({"a": entry()}, bytes(9)),
     "takes 12 bytes": ({"a": entry(shape=(3,))}, bytes(8)),
     "a: F32 .* takes 8 bytes, it has": ({"a": entry(offsets=(8, 0))}, bytes(8)),
