@@ -15,10 +15,23 @@ from torch.fx import Node
 
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program
+from fxfuse.passes.regions import erase
 from fxfuse.passes.storage_writes import storage_of, written_by
 
 RULE = "cache_lengths"
-COUNT = "aten.add_.Tensor"
+COUNTS = ("aten.add_.Tensor", "aten.sub_.Tensor", "aten.copy_.default")
+
+
+def step_of(node: Node) -> Any:
+    """The n of x.add_(n), x.sub_(-n) and x.copy_(x + n)."""
+    length, step = node.args[:2]
+    if str(node.target) == "aten.sub_.Tensor":
+        return -step if isinstance(step, int) else None  # type: ignore[operator]
+    if str(node.target) == "aten.copy_.default":
+        plain = isinstance(step, Node) and str(step.target) == "aten.add.Tensor" and not step.kwargs
+        pairs = (step.args, step.args[::-1]) if plain else ()  # type: ignore[union-attr]
+        return next((n for x, n in pairs if x is length), None)  # type: ignore[misc]
+    return step
 
 
 def counts_up(node: Node) -> bool:
@@ -26,8 +39,8 @@ def counts_up(node: Node) -> bool:
     length, *rest = node.args
     if node.users or node.kwargs or len(rest) != 1 or not isinstance(length, Node):
         return False
-    value, step = length.meta.get("val"), rest[0]
-    if isinstance(step, Node) and isinstance(step.meta.get("val"), Tensor):
+    value, step = length.meta.get("val"), step_of(node)
+    if step is None or (isinstance(step, Node) and isinstance(step.meta.get("val"), Tensor)):
         return False
     return (
         length.op == "placeholder"
@@ -46,14 +59,13 @@ def run(program: Program) -> Outcome:
             for n in node.all_input_nodes:
                 last_use[storage_of(n)] = node
     together: dict[Any, list[Node]] = defaultdict(list)
-    for node in program.calls(COUNT):
+    for node in program.calls(*COUNTS):
         if counts_up(node) and last_use[storage_of(node)] is node and written_by(node) == [node.args[0]]:
-            together[node.args[1]].append(node)
+            together[step_of(node)].append(node)
     for step, nodes in together.items():
         with program.graph.inserting_before(program.graph.find_nodes(op="output")[0]):
             lengths: Any = [node.args[0] for node in nodes]
             program.graph.call_function(torch.ops.aten._foreach_add_.Scalar, (lengths, step))
-        for node in nodes:
-            program.graph.erase_node(node)
+        erase(program, nodes)
         outcome.matches.append(Match(RULE, "", (), f"{len(nodes)} counts → 1"))
     return outcome

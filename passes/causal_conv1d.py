@@ -18,6 +18,7 @@ from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.passes.storage_writes import layout_matters, storage_of
 from fxfuse.patterns import readings
+from fxfuse.patterns.ops import CAT
 from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "causal_conv1d"
@@ -32,45 +33,60 @@ def is_depthwise(conv: Node) -> bool:
 
 
 def ends_of(conv: Node) -> Iterator[Node]:
-    """The last nodes that the operator may compute, the farthest first."""
-    chain = [conv]
-    while len(chain[-1].users) == 1:
-        (user,) = chain[-1].users
-        if str(user.target) not in readings.AFTER_CONVOLUTION:
-            break
-        chain.append(user)
-    yield from reversed(chain)
+    """The last nodes that the operator may compute, the farthest first: nobody else reads what is before."""
+    after, waiting = {conv}, [conv]
+    while waiting:
+        for user in waiting.pop().users:
+            alone = user not in after and after.issuperset(user.all_input_nodes)
+            if alone and str(user.target) in readings.AFTER_CONVOLUTION:
+                after.add(user)
+                waiting.append(user)
+    inputs = set(conv.all_input_nodes)
+    for end in sorted(after, reverse=True):
+        inside = set(behind([end], inputs))
+        if all(user in inside for node in inside - {end} for user in node.users):
+            yield end
 
 
-def _operator_on(conv: Node, silu: bool) -> Any:
-    x, weight, bias = (*conv.args, None)[:3]
+def _unpadded(x: Node) -> Node | None:
+    """What a node puts zeros before, perhaps."""
+    source: Any = x.args[0] if str(x.target) in readings.PADDINGS else None
+    if str(x.target) == CAT and len(x.args[0]) == 2:  # type: ignore[arg-type]
+        source = x.args[0][1]  # type: ignore[index]
+    return source if isinstance(source, Node) and source.meta["val"].dim() == 3 else None
+
+
+def _operator_on(conv: Node, x: Node, silu: bool) -> Any:
+    _, weight, bias = (*conv.args, None)[:3]
 
     def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
         given = None if bias is None else values[bias]  # type: ignore[index]
         taps = values[weight].squeeze(1)  # type: ignore[index]
-        return [torch.ops.fxfuse.causal_conv1d(values[x], taps, given, None, None, silu)]  # type: ignore[index]
+        return [torch.ops.fxfuse.causal_conv1d(values[x], taps, given, None, None, silu)]
 
     return run
 
 
 def _accepted(
     guards: Guards, judge: Judge, conv: Node, fixed: Collection[int | None]
-) -> tuple[Node, bool, list[Node]]:
-    """The last call that the operator computes, whether with SiLU, and all of them; raises Refused."""
-    inputs = [n for n in conv.args[:3] if isinstance(n, Node)]
+) -> tuple[Node, Node, bool, list[Node]]:
+    """Its input, the last call that it computes, whether with SiLU, and all of them; raises Refused."""
+    given, *parameters = [n for n in conv.args[:3] if isinstance(n, Node)]
+    x = _unpadded(given) or given
+    inputs = [x, *parameters]
     limit = unsupported(RULE, *(n.meta["val"] for n in inputs))
     if limit is not None:
         raise Refused(conv, limit)
     miss = Refused(conv, "run on random values it is no causal convolution")
     for end, silu in ((end, silu) for end in ends_of(conv) for silu in (True, False)):
         region = behind([end], set(inputs))
-        if not judge.equal(region, [end], _operator_on(conv, silu), f"{RULE} {silu}"):
+        if not judge.equal(region, [end], _operator_on(conv, x, silu), f"{RULE} {silu}"):
             continue
         reason = guards.reason(region, [end], {end.meta["val"].dtype, torch.float32})
         if storage_of(end) in fixed:
             reason = end, f"{end.name} leaves the graph, or its strides are read"
         if reason is None:
-            return end, silu, region
+            return x, end, silu, region
         miss = Refused(*reason)
     raise miss
 
@@ -79,7 +95,7 @@ def run(program: Program) -> Outcome:
     """Rewrite every causal convolution; one that is depthwise and not causal is reported."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
     fixed = layout_matters(program.graph)
-    found: list[tuple[Node, Node, bool, list[Node]]] = []
+    found: list[tuple[Node, Node, Node, bool, list[Node]]] = []
     for conv in program.calls(readings.CONV1D):
         if not is_depthwise(conv):
             continue
@@ -87,8 +103,8 @@ def run(program: Program) -> Outcome:
             found.append((conv, *_accepted(guards, judge, conv, fixed)))
         except Refused as refusal:
             outcome.misses.append(Miss(RULE, module_path(conv), refusal.node.name, refusal.reason))
-    for conv, end, silu, region in found:
-        x, weight, bias = (*conv.args, None)[:3]
+    for conv, x, end, silu, region in found:
+        _, weight, bias = (*conv.args, None)[:3]
         with program.graph.inserting_before(end):
             taps = call(program, conv, torch.ops.aten.squeeze.dim, weight, 1)
             target: Any = torch.ops.fxfuse.causal_conv1d.default

@@ -149,7 +149,8 @@ def readings(found: Candidate) -> Iterator[Reading]:
         == [(sizes.value_heads,), (sizes.value_heads,), (sizes.dv,)]
     ]
     choices = list(_parts(rows, sizes))
-    epsilons = sorted({x for n in found.region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)})
+    numbers = [x for n in found.region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)]
+    epsilons = sorted({abs(x) for x in numbers})
     if not orders or not choices or not epsilons:
         raise Refused(found.result, "its inputs do not have the shapes of gates, norm and the parts of a row")
     for parts, (A_log, dt_bias, norm_weight), eps in product(choices, orders, epsilons):
@@ -163,7 +164,7 @@ def _is_conv_weight(node: Node, channels: int) -> bool:
 
 
 def _is_eps(x: object) -> bool:
-    return isinstance(x, float) and 0 < x <= LARGEST_EPS
+    return isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS
 
 
 def _names(nodes: Sequence[Node]) -> str:
@@ -253,7 +254,8 @@ def _operands(found: Candidate, reading: Reading) -> list[Tensor]:
 
 def _order(found: Candidate, reading: Reading) -> list[int]:
     inputs = read_by(found.region)
-    return [inputs.index(n) for n in (*reading.per_head, reading.norm_weight)]
+    rows = [part.linear for part in reading.parts]
+    return [inputs.index(n) for n in (*rows, *reading.per_head, reading.norm_weight)]
 
 
 def _replace(program: Program, found: Candidate, reading: Reading) -> None:

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, storage_of
 from fxfuse.patterns import ops
 
 
@@ -253,8 +253,20 @@ def _readers(x: Any) -> list[Node]:
     return [user for user in x.users if str(user.target) == ops.LINEAR] if isinstance(x, Node) else []
 
 
+def _are_put_back(linear: Node, x: Tensor) -> bool:
+    """Whether all who read the rows give them the leading sizes that x has."""
+    width = linear.meta["val"].shape[-1]
+    values = [_value(user) if str(user.target) in ops.RESHAPES else None for user in linear.users]
+    return bool(values) and all(
+        v is not None and equal_sizes(v.shape, (*x.shape[:-1], width)) for v in values
+    )
+
+
 def _rows_meet(program: Program) -> bool:
-    """linear(reshape(x, [rows, n]), w) -> reshape(linear(x, w), …), where another linear reads x itself."""
+    """linear(reshape(x, [rows, n]), w) -> reshape(linear(x, w), …).
+
+    Where another linear reads x itself, or the rows are put back to where they were.
+    """
     readers: dict[Any, list[Node]] = {}
     linears = [node for node in program.calls(ops.LINEAR) if not node.kwargs]
     for linear in linears:
@@ -269,7 +281,9 @@ def _rows_meet(program: Program) -> bool:
         while isinstance(x, Node) and x not in readers and str(x.target) in ops.RESHAPES:
             x = x.args[0]
         flat, whole = _value(rows), _value(x)
-        if not isinstance(x, Node) or x not in readers or flat is None or whole is None:
+        if not isinstance(x, Node) or flat is None or whole is None:
+            continue
+        if x not in readers and not _are_put_back(linear, whole):
             continue
         if not statically_known_true(flat.shape[-1] == whole.shape[-1]) or linear.meta["val"].dim() == 1:
             continue

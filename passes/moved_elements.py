@@ -17,12 +17,14 @@ from fxfuse.patterns import ops
 
 
 def spell_moved_elements(program: Program) -> None:
-    """Rewrite in place; what is written, returned or read by its strides stays a copy."""
+    """Rewrite in place; what is written later, returned or read by its strides stays a copy."""
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    (end,) = program.graph.find_nodes(op="output")
     changed = False
     for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):
-        sources = node.all_input_nodes
-        if any(writes.is_written(n) for n in (node, *sources)) or storage_of(node) in fixed:
+        if writes.is_written(node) or storage_of(node) in fixed:
+            continue
+        if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
             continue
         if str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)

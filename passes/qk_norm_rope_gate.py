@@ -26,8 +26,9 @@ from fxfuse.passes.judge import Judge
 from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by, writers_of
 from fxfuse.passes.row_parts import Part, parts_of
+from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
 from fxfuse.runtime.ops.limits import unsupported
@@ -113,7 +114,9 @@ def _dims(node: Node) -> int:
 def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node], list[Node]]:
     """The nodes that depend on projections, with the cones of the norms' weights; those; cos and sin."""
     linears = set(program.calls(ops.LINEAR))
-    everything = behind(found.results, linears)
+    caches = {storage_of(n) for n in found.caches}
+    writers = {s: calls for s, calls in writers_of(program.graph).items() if s not in caches}
+    everything = behind(found.results, linears, writers)
     dependent: set[Node] = set()
     for node in everything:
         if any(n in linears or n in dependent for n in node.all_input_nodes):
@@ -124,7 +127,9 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
     for node in (n for n in inputs if n not in given):
         cone = behind([node], ())
         parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
-        if (
+        if cone and not read_by(cone):  # made of numbers alone
+            dependent.update(cone)
+        elif (
             len(parameters) == 1
             and _dims(parameters[0]) == 1
             and node.meta["val"].numel() == parameters[0].meta["val"].numel()
@@ -138,14 +143,14 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
 
 
 def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
-    """cos and sin themselves, where parts of them are read; the views on the way join the region."""
+    """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
     found = list(dict.fromkeys(angles))
     while len(found) > 2:
-        parts = [n for n in found if str(n.target) in readings_of.REPEATS and isinstance(n.args[0], Node)]
+        parts = [n for n in found if n.target is operator.getitem or str(n.target) in readings_of.ON_ANGLES]
         if not parts:
             break
         region.update(parts)
-        found = list(dict.fromkeys(n.args[0] if n in parts else n for n in found))  # type: ignore[misc]
+        found = list(dict.fromkeys(m for n in found for m in (n.all_input_nodes if n in parts else [n])))
     return found
 
 
@@ -177,7 +182,8 @@ def readings(
     queries, keys, values, gates = by_role
     if not (queries and keys and values):
         raise Refused(found.query, "its query, key and value are no parts of projections")
-    epsilons = sorted({x for n in region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)})
+    numbers = [x for n in region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)]
+    epsilons = sorted({abs(x) for x in numbers})
     orders: list[Any] = list(permutations(weights)) if len(weights) == 2 else [tuple(weights) * 2]
     if not weights:
         orders, epsilons = [(None, None)], [0.0]
@@ -191,7 +197,7 @@ def readings(
 
 
 def _is_eps(x: object) -> bool:
-    return isinstance(x, float) and 0 < x <= LARGEST_EPS
+    return isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS
 
 
 def _joined(query: Part, gate: Part, heads: int) -> Part | None:
@@ -246,6 +252,8 @@ def _operator_on(found: Candidate, reading: Reading) -> Any:
 
 def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) -> tuple[list[Node], Reading]:
     region, weights, angles = region_of(program, found)
+    if not region:
+        raise Refused(found.query, "its query and key are computed from no projection")
     dtype = found.query.meta["val"].dtype
     reason = guards.reason(region, found.results, {dtype, torch.float32}, found.caches)
     if reason is not None:
@@ -275,7 +283,8 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
         limit = unsupported("qk_norm_rope", heads, heads, *(n.meta["val"] for n in rest if n is not None))
         if limit is not None:
             raise Refused(found.query, limit)
-        order = [inputs.index(n) for n in (*reading.weights, *reading.cos_sin) if n is not None]
+        rows = [p.linear for p in (reading.query, reading.key, reading.value) if p.linear in inputs]
+        order = [inputs.index(n) for n in (*rows, *reading.weights, *reading.cos_sin) if n is not None]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
         name = f"{RULE} {order} {features} {reading.eps}"
         if judge.equal(region, outputs, _operator_on(found, reading), name, found.caches, given):

@@ -1,6 +1,6 @@
 """How single operators read in a formula, by name."""
 
-from fxfuse.patterns.ops import RESHAPES
+from fxfuse.patterns.ops import LAYOUT, RESHAPES
 
 # Change dtype or strides and nothing else.
 CASTS = frozenset(
@@ -55,5 +55,31 @@ REPEATS = BROADCASTS | frozenset(
     }
 )
 
-# What may follow a convolution and belong to it.
-AFTER_CONVOLUTION = CASTS | frozenset({"aten.narrow.default", "aten.silu.default", "aten.slice.Tensor"})
+# What may turn cos and sin into what the rotation of a half reads.
+ON_ANGLES = (
+    REPEATS
+    | LAYOUT
+    | frozenset({"aten.neg.default", "aten.to.dtype", "aten.split_with_sizes.default", "aten.select.int"})
+)
+
+# What may precede a convolution as its padding.
+PADDINGS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
+
+# What may follow a convolution and belong to it: a cut, and a SiLU in any spelling.
+AFTER_CONVOLUTION = CASTS | frozenset(
+    {
+        "aten.add.Tensor",
+        "aten.div.Tensor",
+        "aten.exp.default",
+        "aten.log_sigmoid.default",
+        "aten.mul.Tensor",
+        "aten.narrow.default",
+        "aten.neg.default",
+        "aten.pow.Tensor_Scalar",
+        "aten.reciprocal.default",
+        "aten.sigmoid.default",
+        "aten.silu.default",
+        "aten.slice.Tensor",
+        "aten.tanh.default",
+    }
+)

@@ -62,7 +62,8 @@ def _write_prologue(s: Speller, sizes: Sizes, x: Node, cached: bool) -> list[Nod
     y = s.transpose(s.attend(q, k, v), 1, 2)
     if gate is not None:
         y = s.mul(y, s.sigmoid(gate))
-    return [s.linear(s.reshape(y, batch, length, many * head), sizes["hidden"], name="o_proj")]
+    y = s.linear(s.reshape(y, batch, length, many * head), sizes["hidden"], name="o_proj")
+    return [s.mul(y, 2)]
 
 
 def _draw_one(rng: random.Random) -> Sizes:

@@ -119,7 +119,7 @@ def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     gate = s.silu(s.cast(s.reshape(z, batch, values, dv), torch.float32))
     y = s.mul(s.mul(s.cast(weight, torch.float32), normed(s, out, 1e-6)), gate)
     row = s.reshape(s.cast(y, s.dtype, x), batch, 1, values * dv)
-    return [s.linear(row, sizes["hidden"], name="out_proj")]
+    return [s.mul(s.linear(row, sizes["hidden"], name="out_proj"), 2)]
 
 
 BLOCKS = (

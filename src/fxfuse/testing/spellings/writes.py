@@ -28,16 +28,8 @@ WRITE: dict[str, Spelling] = {
     "x.detach().copy_(v)": lambda s, x, value: s.call("copy_", s.call("detach", x), value),
 }
 
-# Rows `positions` of the third of four dimensions; the tensor is handed back.
-
-
-def _indexed(s: "Speller", x: Node, positions: Node, value: Node, how: str) -> Node:
-    if how == "index_put_":
-        return s.call("index_put_", x, (None, None, positions), value)
-    s.call(operator.setitem, x, (_ALL, _ALL, positions), value)
-    return x
-
-
+# Rows `positions` of the third of four dimensions; the tensor is handed back. x[:, :, positions] = v is no
+# spelling of it: there negative positions count from the end.
 WRITE_AT: dict[str, Spelling] = {
     "x.index_copy_(2, p, v)": lambda s, x, p, v: s.call("index_copy_", x, 2, p, v),
     "x.index_copy_(-2, p, v)": lambda s, x, p, v: s.call("index_copy_", x, -2, p, v),
@@ -45,11 +37,6 @@ WRITE_AT: dict[str, Spelling] = {
     "x.index_copy_(dim=, index=, source=)": lambda s, x, p, v: s.call(
         "index_copy_", x, dim=2, index=p, source=v
     ),
-    "x[:, :, p] = v": lambda s, x, p, v: _indexed(s, x, p, v, "setitem"),
-    "x[:, :, p, :] = v": lambda s, x, p, v: (
-        s.call(operator.setitem, x, (_ALL, _ALL, p, _ALL), v),
-        x,
-    )[1],
 }
 
 
