@@ -96,7 +96,6 @@ def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
     from fxfuse.runtime.plan import plan
 
     headers = {name: entry.spec for name, entry in read_checked(checkpoint)[0].items()}
-    planned = plan(checkpoint)
     parts: dict[tuple[str, str], list[int]] = {}
     for name, spec in headers.items():
         # model.language_model.layers.0... belongs to model.language_model, mtp.fc.weight to mtp
@@ -107,12 +106,15 @@ def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
             {"part": part, "dtype": dtype, "tensors": len(sizes), "values": sum(sizes)}
             for (part, dtype), sizes in parts.items()
         ]
-        _print_json({"checkpoint": str(checkpoint), "parts": found, "plan": loads(planned.to_json())})
+        _print_json(
+            {"checkpoint": str(checkpoint), "parts": found, "plan": loads(plan(checkpoint).to_json())}
+        )
         return
     typer.echo(f"{checkpoint}: {len(headers)} tensors")
     for (part, dtype), sizes in parts.items():
         typer.echo(f"  {part:<28} {dtype:<10} {len(sizes):>5} tensors {sum(sizes):>16,} values")
-    typer.echo(str(planned))
+    # last, so that a checkpoint without a plan is listed all the same
+    typer.echo(str(plan(checkpoint)))
 
 
 @app.command(epilog="Example: fxfuse explain ./Qwen3.5-0.8B --html report.html, then open the page.")

@@ -1,6 +1,7 @@
 """Experts of every family with a plan for them: what transformers itself writes, and plain indexing."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from fxfuse.errors import PlanError, UnsupportedModelError
 from fxfuse.runtime.convert import convert, differences
 from fxfuse.runtime.families import known_model_types
 from fxfuse.runtime.load import load_state_dict
+from fxfuse.runtime.plan import LAYOUTS as PLANNED
 from fxfuse.runtime.plan import plan
 
 HIDDEN, WIDTH, EXPERTS = 16, 6, 3
@@ -204,10 +206,23 @@ def test_ranks_of_a_mixture_have_experts_of_their_part() -> None:
     assert shapes == {(WIDTH // 2, HIDDEN), (HIDDEN, WIDTH // 2)}
 
 
-def test_families_of_experts_have_no_other_layouts() -> None:
-    for layout, tp in (("fused", None), ("sglang", None), ("fastdeploy", None), ("hf", (0, 2))):
-        with pytest.raises(PlanError, match="mixtral: only its experts are planned"):
-            plan(CONFIGS["mixtral"], layout, tp=tp)
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize(
+    ("layout", "tp"),
+    [*((name, None) for name in PLANNED if name not in ("hf", "per_expert")), ("hf", (0, 2))],
+)
+def test_what_else_is_asked_of_them_is_refused_with_what_can_be(
+    kind: str, layout: str, tp: tuple[int, int] | None
+) -> None:
+    with pytest.raises(PlanError) as caught:
+        plan(CONFIGS[kind], layout, tp=tp)
+    message = str(caught.value)
+    assert f"only its experts are planned, so not layout '{layout}'" in message
+    assert ("for tp=(0, 2)" in message) == (tp is not None)
+    can_be = re.findall(r"'(\w+)' \(", message)
+    assert can_be == ["hf", "per_expert"]
+    for name in can_be:
+        plan(CONFIGS[kind], name)
 
 
 def test_an_unknown_architecture_is_refused_with_all_known_ones() -> None:
