@@ -41,7 +41,7 @@ def _parameters(linears: Sequence[Node]) -> list[Node]:
 def weight_is_computed(program: Program, writes: StorageWrites, linear: Node) -> Reason:
     for node in _parameters([linear]):
         if node.op != "placeholder":
-            return f"its weight is computed by {node.name}, not a parameter (quantised or parametrised?)"
+            return f"its weight is computed by {node.target}, not a parameter (quantised or parametrised?)"
         if node.name not in program.weights:
             return f"its weight {node.name} is an input of the call, not a parameter"
     return None
@@ -91,6 +91,17 @@ def shape_is_unusual(program: Program, writes: StorageWrites, linear: Node) -> R
     return None
 
 
+def factor_of_low_rank_product(program: Program, writes: StorageWrites, linear: Node) -> Reason:
+    """An adapter's first linear: merged with its like it was not faster (docs/performance.md)."""
+    users = [use for use in linear.users if use.target is not torch.ops.aten.dropout.default]
+    outer = [use for use in users if use.target is torch.ops.aten.linear.default and use.args[0] is linear]
+    rank, features = weight_of(linear).meta["val"].shape
+    narrow = all(rank < min(features, weight_of(use).meta["val"].shape[0]) for use in outer)
+    if not outer or len(outer) < len(linear.users) or not narrow:
+        return None
+    return "it is the first factor of a low-rank product (an adapter's), which is not faster merged"
+
+
 GUARDS = (
     weight_is_computed,
     memory_is_not_its_own,
@@ -98,6 +109,7 @@ GUARDS = (
     output_is_written,
     weight_is_trained,
     shape_is_unusual,
+    factor_of_low_rank_product,
 )
 
 

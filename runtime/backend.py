@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -67,7 +68,7 @@ def backend(
     session = current_session.get() or _anonymous(example_inputs)
     try:
         return _compiled(graph_module, list(example_inputs), chosen, session)
-    except FxfuseError:
+    except (FxfuseError, RestartAnalysis):  # the latter asks Dynamo to trace once more
         raise
     except Exception as error:
         if chosen.strict:
@@ -108,7 +109,9 @@ def _compiled(
         session.report.graphs.append(record)
         return graph_module.forward
     if not any(outcome.matches for outcome in outcomes.values()):
-        log.warning("nothing matched in a %s graph: it runs as it was%s", record.phase, _first_reason(record))
+        nothing = f"nothing matched in a {record.phase} graph: it runs as it was{_first_reason(record)}"
+        if session.report.note(nothing):
+            log.warning("%s", nothing)
         session.report.graphs.append(record)
         return _counted(graph_module.forward, record)
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves
+from fxfuse.runtime import backend, leaves, quantized_modules
 from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
@@ -47,7 +47,7 @@ def explain(
         {"passes": passes, "weights": weights, "inner": inner, "target": target, "strict": strict}
     )
     leaves.install()
-    report = Report()
+    report = Report(notes=quantized_modules.notes(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_memory(model, mode)
     session = backend.Session(report, twin, dry_run=True, refusals=backend.refusals_of(model))

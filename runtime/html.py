@@ -55,10 +55,10 @@ def _summary(report: Report) -> str:
     if not report.graphs:
         return "<p>No graph yet: capture, match and packing happen at the first call.</p>"
     rows = "".join(
-        f'<tr><td>{escape(g.phase)}</td><td class="count">{g.nodes_before} → {g.nodes_after}</td>'
+        f'<tr><td>{escape(name)}</td><td class="count">{g.nodes_before} → {g.nodes_after}</td>'
         f"<td>{escape(g.inner)}</td>"
         f'<td class="count">{g.compile_seconds:.1f} s</td><td class="count">{g.calls}</td></tr>'
-        for g in report.graphs
+        for name, g in report.graph_totals()
     )
     measured = "".join(f"<p>Measured: {escape(str(m))}</p>" for m in report.measurements)
     memory = (

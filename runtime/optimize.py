@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves, live_weights
+from fxfuse.runtime import backend, leaves, live_weights, quantized_modules
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report, grouped
@@ -116,6 +116,8 @@ def optimize(
     hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if hooked and state.report.note(text := HOOKED.format(", ".join(grouped(hooked)))):
         log.warning("%s", text)
+    for text in quantized_modules.notes(model):
+        state.report.note(text)
     return given
 
 

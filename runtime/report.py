@@ -31,6 +31,8 @@ log = logging.getLogger("fxfuse")
 
 # Runs of layer numbers that a table spells out; of more, the first two and the last.
 MOST_SPANS = 4
+# Graphs that a summary lists one by one.
+MOST_GRAPHS = 8
 
 
 @dataclass
@@ -260,10 +262,33 @@ class Report:
             table.add_row(*cells, *(counts.get(phase, "") for phase in phases))
         return table
 
+    def graph_totals(self) -> list[tuple[str, GraphRecord]]:
+        """What to call each graph, and the graph; where breaks made many of them, the sums of each phase."""
+        if len(self.graphs) <= MOST_GRAPHS:
+            return [(graph.phase, graph) for graph in self.graphs]
+        kinds: dict[tuple[str, str], list[GraphRecord]] = defaultdict(list)
+        for graph in self.graphs:
+            kinds[graph.phase, graph.inner].append(graph)
+        return [
+            (
+                f"{phase}, {len(graphs)} graphs",
+                GraphRecord(
+                    phase,
+                    sum(g.nodes_before for g in graphs),
+                    sum(g.nodes_after for g in graphs),
+                    inner,
+                    {},
+                    compile_seconds=sum(g.compile_seconds for g in graphs),
+                    calls=sum(g.calls for g in graphs),
+                ),
+            )
+            for (phase, inner), graphs in kinds.items()
+        ]
+
     def _summary(self) -> str:
         graphs = "; ".join(
-            f"{g.phase} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s"
-            for g in self.graphs
+            f"{name} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s"
+            for name, g in self.graph_totals()
         )
         used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return (

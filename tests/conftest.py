@@ -7,6 +7,23 @@ import pytest
 
 VOCABULARY = 300
 PAIR = ("linear_attention", "full_attention")
+HYBRID: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": len(PAIR),
+    "layer_types": list(PAIR),
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -33,6 +50,12 @@ def quiet() -> None:
 
 
 @pytest.fixture(scope="session")
+def hybrid() -> dict[str, Any]:
+    """The configuration of the tiny model, for models of other classes."""
+    return dict(HYBRID)
+
+
+@pytest.fixture(scope="session")
 def make_model() -> Callable[..., Any]:
     """An untrained Qwen3.5 in float32, by default of one Gated DeltaNet layer and one attention layer."""
     import torch
@@ -40,28 +63,8 @@ def make_model() -> Callable[..., Any]:
 
     def make(layers: tuple[str, ...] = PAIR, seed: int = 0, **config: Any) -> Any:
         torch.manual_seed(seed)
-        return Qwen3_5ForCausalLM(
-            Qwen3_5TextConfig(
-                **{
-                    "vocab_size": VOCABULARY,
-                    "hidden_size": 64,
-                    "intermediate_size": 96,
-                    "num_hidden_layers": len(layers),
-                    "layer_types": list(layers),
-                    "num_attention_heads": 2,
-                    "num_key_value_heads": 1,
-                    "head_dim": 32,
-                    "linear_key_head_dim": 16,
-                    "linear_value_head_dim": 16,
-                    "linear_num_key_heads": 2,
-                    "linear_num_value_heads": 4,
-                    "tie_word_embeddings": False,
-                    "pad_token_id": 0,
-                    "eos_token_id": None,
-                    **config,
-                }
-            )
-        ).eval()
+        depth = {"num_hidden_layers": len(layers), "layer_types": list(layers)}
+        return Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**HYBRID, **depth, **config})).eval()
 
     return make
 

@@ -84,6 +84,16 @@ def test_adapters_before_optimize(make_model: Make, prompt: Tensor) -> None:
     assert torch.equal(model.generate(input_ids=prompt, **how), plain.generate(input_ids=prompt, **how))
 
 
+def test_the_small_products_of_adapters_stay_apart_and_say_so(make_model: Make, prompt: Tensor) -> None:
+    """Merged they were not faster: docs/performance.md has the numbers."""
+    plain, model = adapted(make_model)
+    same(plain, model, prompt)
+    report = report_of(model)
+    assert merged(report) == BASE
+    left = {miss.where.rpartition(".")[0].rpartition(".")[2] for miss in misses(report.graphs[-1])}
+    assert left == {"lora_A"} and "low-rank product" in str(report)
+
+
 def test_adapters_after_optimize_and_the_way_back(make_model: Make, prompt: Tensor) -> None:
     bare = make_model()
     plain, model = copy.deepcopy(bare), fxfuse.optimize(copy.deepcopy(bare), inner="eager")

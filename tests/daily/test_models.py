@@ -28,32 +28,20 @@ from fxfuse.runtime.optimize import optimization_report
 
 Make = Callable[..., Any]
 slow = pytest.mark.slow
-HYBRID: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "layer_types": ["linear_attention", "full_attention"],
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 32,
-    "linear_key_head_dim": 16,
-    "linear_value_head_dim": 16,
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "tie_word_embeddings": False,
-    "pad_token_id": 0,
-    "eos_token_id": None,
-}
-SPARSE: dict[str, Any] = {
-    **{k: v for k, v in HYBRID.items() if k != "intermediate_size"},
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 24,
-    "shared_expert_intermediate_size": 32,
-}
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 GDN, ATTENTION, MLP = "linear_attn.in_proj_qkv_z_b_a", "self_attn.q_k_v_proj", "mlp.gate_up_proj"
+
+
+@pytest.fixture(scope="module")
+def sparse(hybrid: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the tiny model with experts in place of the MLP."""
+    experts = {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 32,
+    }
+    return {**{k: v for k, v in hybrid.items() if k != "intermediate_size"}, **experts}
 
 
 def twins(make: Callable[[], Any], **options: Any) -> tuple[Any, Any]:
@@ -144,8 +132,8 @@ def given(what: str) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def seeing() -> tuple[Any, Any]:
-    return twins(lambda: composite(Qwen3_5ForConditionalGeneration, HYBRID))
+def seeing(hybrid: dict[str, Any]) -> tuple[Any, Any]:
+    return twins(lambda: composite(Qwen3_5ForConditionalGeneration, hybrid))
 
 
 @pytest.mark.parametrize(
@@ -177,8 +165,8 @@ def test_the_vision_tower_alone_keeps_its_answer(seeing: tuple[Any, Any]) -> Non
 
 @slow
 @pytest.mark.parametrize("what", ["text", "image"])
-def test_a_sparse_model_with_a_vision_tower(what: str) -> None:
-    pair = twins(lambda: composite(Qwen3_5MoeForConditionalGeneration, SPARSE))
+def test_a_sparse_model_with_a_vision_tower(sparse: dict[str, Any], what: str) -> None:
+    pair = twins(lambda: composite(Qwen3_5MoeForConditionalGeneration, sparse))
     same_tokens(pair, lambda m: m.generate(**given(what), **GREEDY))
     assert {GDN, ATTENTION} <= merged(pair[1])
 
@@ -189,9 +177,11 @@ def test_a_sparse_model_with_a_vision_tower(what: str) -> None:
 @pytest.mark.parametrize(
     "experts", ["grouped_mm", pytest.param("batched_mm", marks=slow), pytest.param("eager", marks=slow)]
 )
-def test_router_and_shared_expert_join_one_merge_whatever_runs_the_experts(experts: str) -> None:
+def test_router_and_shared_expert_join_one_merge_whatever_runs_the_experts(
+    sparse: dict[str, Any], experts: str
+) -> None:
     def make() -> Any:
-        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SPARSE))
+        model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**sparse))
         model.set_experts_implementation(experts)
         return model
 
@@ -228,9 +218,11 @@ def waits_in_decode(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return [*(name for name in seen if name.startswith(READS_BACK)), *counters["graph_break"]]
 
 
-def test_decode_with_grouped_experts_never_makes_the_host_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decode_with_grouped_experts_never_makes_the_host_wait(
+    sparse: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
-    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**SPARSE)).eval()
+    model = Qwen3_5MoeForCausalLM(Qwen3_5MoeTextConfig(**sparse)).eval()
     model.set_experts_implementation("grouped_mm")
     assert waits_in_decode(model, monkeypatch) == []
     model.set_experts_implementation("eager")
@@ -241,8 +233,8 @@ def test_decode_with_grouped_experts_never_makes_the_host_wait(monkeypatch: pyte
 
 
 @slow
-def test_qwen3_next_generates_what_it_did() -> None:
-    config = {**HYBRID, **{k: v for k, v in SPARSE.items() if k not in HYBRID}}
+def test_qwen3_next_generates_what_it_did(hybrid: dict[str, Any], sparse: dict[str, Any]) -> None:
+    config = {**hybrid, **sparse}
     pair = twins(lambda: Qwen3NextForCausalLM(Qwen3NextConfig(**config)))
     same_tokens(pair, lambda m: m.generate(ids(9), **GREEDY))
     assert {"linear_attn.in_proj_qkvz_ba", ATTENTION} <= merged(pair[1])
@@ -251,8 +243,8 @@ def test_qwen3_next_generates_what_it_did() -> None:
 @pytest.mark.parametrize(
     "kind", [Qwen3_5ForSequenceClassification, pytest.param(Qwen3_5ForTokenClassification, marks=slow)]
 )
-def test_classification_heads(kind: type) -> None:
-    plain, model = twins(lambda: kind(Qwen3_5TextConfig(**HYBRID, num_labels=5)))
+def test_classification_heads(hybrid: dict[str, Any], kind: type) -> None:
+    plain, model = twins(lambda: kind(Qwen3_5TextConfig(**hybrid, num_labels=5)))
     batch = ids(11, batch=3)
     mask = torch.ones_like(batch)
     batch[2, :4], mask[2, :4] = 0, 0
@@ -265,8 +257,8 @@ def test_classification_heads(kind: type) -> None:
 
 
 @slow
-def test_a_plain_llama_is_merged_too() -> None:
-    config = {k: HYBRID[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
+def test_a_plain_llama_is_merged_too(hybrid: dict[str, Any]) -> None:
+    config = {k: hybrid[k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")}
     more = {"num_hidden_layers": 2, "num_key_value_heads": 1, "pad_token_id": 0, "eos_token_id": None}
     pair = twins(lambda: LlamaForCausalLM(LlamaConfig(**config, **more)))
     same_tokens(pair, lambda m: m.generate(ids(9), **GREEDY))

@@ -129,4 +129,4 @@ def test_what_is_frozen_merges_alike_with_and_without_grad_and_is_packed_once() 
     ] * 2
     assert [graph.packs for graph in report.graphs] == [1, 1] and not report.notes
     reasons = {miss.where: miss.reason for miss in report.graphs[0].outcomes["same_input_linears"].misses}
-    assert reasons == {"down": "its weight is trainable, the others' are frozen"}
+    assert reasons.keys() == {"down"} and "low-rank product" in reasons["down"]

@@ -506,7 +506,7 @@ def test_a_computed_weight_stays_computed(rewrite_equal: Any) -> None:
     rewritten = rewrite_equal(module, [X])
     assert merged(rewritten) == [("a.weight", "c.weight")]
     (reason,) = reasons(rewritten).values()
-    assert reason.startswith("its weight is computed by mul")
+    assert reason.startswith("its weight is computed by aten.mul.Tensor")
 
     def dequantised(m: Any, x: Tensor) -> list[Tensor]:
         return [m.a(x) + 1, m.b(x) + 1, F.linear(x, m.codes.to(x.dtype) * m.scale) + 1]
@@ -597,3 +597,25 @@ def test_gradients_asked_for_inside_the_graph_are_there() -> None:
     assert y.requires_grad
     y.sum().backward()
     assert module.q.weight.grad is not None
+
+
+class Adapters(nn.Module):
+    """Two low-rank products x·Aᵀ·Bᵀ over one input; the factors are as wide as `rank`."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__()
+        self.a1, self.a2 = (nn.Linear(8, rank, bias=False) for _ in range(2))
+        self.b1, self.b2 = (nn.Linear(rank, 6, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b1(self.a1(x)) + self.b2(self.a2(x))
+
+
+def test_factors_of_low_rank_products_stay_apart(rewrite_equal: Any) -> None:
+    rewritten = rewrite_equal(Adapters(rank=2), [X])
+    assert merged(rewritten) == []
+    assert all("low-rank" in reason for reason in reasons(rewritten).values()) and reasons(rewritten)
+
+
+def test_linears_that_feed_wide_ones_are_no_factors(rewrite_equal: Any) -> None:
+    assert merged(rewrite_equal(Adapters(rank=6), [X])) == [("a1.weight", "a2.weight")]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse.runtime import live_weights
 from fxfuse.runtime.backend import report_of
+from fxfuse.runtime.optimize import optimization_report
 
 Make = Callable[..., Any]
 
@@ -234,3 +235,24 @@ def test_training_steps_in_place_are_seen_by_the_next_answer(
         optimizer.step()
     assert model.optimization_report.calls == 4
     assert [g.packs for g in model.optimization_report.graphs] == [1, 0]
+
+
+@pytest.mark.inductor
+def test_a_number_that_varies_from_call_to_call_does_not_turn_compiling_off() -> None:
+    """Inductor asks Dynamo to trace once more where a float cannot become a tensor."""
+
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate, self.up = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor, limit: float) -> Tensor:
+            return (self.gate(x) * self.up(x)).clamp(max=limit)
+
+    model = fxfuse.optimize(Clamped(), report="off")
+    with torch.no_grad():
+        for limit in (0.5, 0.25, 0.125):
+            x = torch.randn(3, 8)
+            torch.testing.assert_close(model(x, limit), model.forward(x, limit))
+    report = optimization_report(model)
+    assert report is not None and report.calls == 3 and not report.failures
