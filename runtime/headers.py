@@ -73,12 +73,12 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
             + (f" ({other[0]} is in a format that is never read)" if other else "")
         )
     found: dict[str, Entry] = {}
-    for name, expected in sorted(contents.items()):
-        for entry in _entries_of(directory, name, expected):
+    for file, expected in sorted(contents.items()):
+        for entry in _entries_of(directory, file, expected):
             if entry.spec.name in found:
                 other = found[entry.spec.name].file.name
                 raise CheckpointError(
-                    f"{directory / name}: {entry.spec.name} is in {other} as well; keep one"
+                    f"{directory / file}: {entry.spec.name} is in {other} as well; keep one"
                 )
             found[entry.spec.name] = entry
     for tensor, name in (weight_map or {}).items():

@@ -1,4 +1,4 @@
-"""Every row of every parameter, by the index that the programs' formulas give it; through `fxfuse.plan` alone.
+"""Every row of every parameter, by the index that the programs' formulas give it, through `fxfuse.plan`.
 
 Nothing here knows of row maps, chunks or shards: a row is named by its head and its place in it.
 """
