@@ -67,10 +67,10 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
     if weight_map is None:
         contents = {file.name: [] for file in directory.glob("*.safetensors")}
     if not contents:
-        other = sorted(file.name for file in directory.glob("*") if file.suffix in _OTHER_WEIGHTS)
+        unread = sorted(file.name for file in directory.glob("*") if file.suffix in _OTHER_WEIGHTS)
         raise CheckpointError(
             f"{directory}: no {INDEX} and no *.safetensors file; fetch the files with the weights"
-            + (f" ({other[0]} is in a format that is never read)" if other else "")
+            + (f" ({unread[0]} is in a format that is never read)" if unread else "")
         )
     found: dict[str, Entry] = {}
     for file, expected in sorted(contents.items()):

@@ -126,8 +126,8 @@ def _steps(subject: _Subject, layout: str, tp: tuple[int, int] | None = None) ->
     if not family.groups and (layout not in _OF_EXPERTS or tp is not None):
         raise PlanError(
             f"{family.name}: only its experts are planned, so not layout {layout!r}"
-            f"{'' if tp is None else f' for tp={tp}'}; ask for layout 'hf' (a layer's experts as one stack) or "
-            "'per_expert' (one by one), without tp"
+            f"{'' if tp is None else f' for tp={tp}'}; ask for layout 'hf' (a layer's experts as one stack) "
+            "or 'per_expert' (one by one), without tp"
         )
     by_heads = tp is not None or layout in _BY_HEADS
     geometry = geometry_of(subject.config) if by_heads else Geometry()
