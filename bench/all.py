@@ -20,7 +20,7 @@ _ALL_PEERS = ("decode", "prefill", "generate")
 _ONE_TOKEN = ("decode", "generate", "moe", "ablation", "scaling")
 _PEERS = {"cpu": ["torch.compile", "freezing", "max-autotune"], "cuda": [*PEERS]}
 _MODELS = (*_ALL_PEERS, "compile_time", "memory", "train", "moe", "ablation", "scaling")
-NAMES = (*_MODELS, "convert", "load", "kernels")
+NAMES = (*_MODELS, "plan", "convert", "load", "kernels")
 
 
 def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
@@ -39,6 +39,8 @@ def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
         given += ["--inner", options.inner]
     if name == "compile_time" and not tiny:
         given += ["--depths", "4", "24"]
+    if name == "plan" and tiny:
+        given += ["--size", "tiny"]
     if name == "convert" and tiny:
         given += ["--gigabytes", "0.9"]  # two layers
     if name == "load":
