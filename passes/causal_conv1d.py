@@ -5,6 +5,7 @@ After:  y = causal_conv1d(x, w, bias, None, None, apply_silu=True)
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -38,13 +39,15 @@ def ends_of(conv: Node) -> Iterator[Node]:
     while waiting:
         for user in waiting.pop().users:
             alone = user not in after and after.issuperset(user.all_input_nodes)
-            if alone and str(user.target) in readings.AFTER_CONVOLUTION:
+            if alone and (user.target is getitem or str(user.target) in readings.AFTER_CONVOLUTION):
                 after.add(user)
                 waiting.append(user)
     inputs = set(conv.all_input_nodes)
     for end in sorted(after, reverse=True):
         inside = set(behind([end], inputs))
-        if all(user in inside for node in inside - {end} for user in node.users):
+        if isinstance(end.meta["val"], Tensor) and all(
+            user in inside for node in inside - {end} for user in node.users
+        ):
             yield end
 
 

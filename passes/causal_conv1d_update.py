@@ -6,6 +6,7 @@ After:  y = causal_conv1d_update(x, state, w, bias, apply_silu=True)
 """
 
 from collections.abc import Mapping, Sequence
+from operator import getitem
 from typing import Any
 
 import torch
@@ -26,7 +27,9 @@ RULE = "causal_conv1d_update"
 
 def _columns(conv: Node, writers: Mapping[int | None, Sequence[Node]]) -> tuple[Node, Node, Node] | None:
     """The state, the new tokens and the write, where a convolution reads them side by side."""
-    joined = conv.args[0]
+    joined: Any = conv.args[0]
+    while isinstance(joined, Node) and (joined.target is getitem or str(joined.target) in readings.CUTS):
+        joined = joined.args[0]
     if not isinstance(joined, Node) or str(joined.target) != ops.CAT or joined.args[1:] not in ((2,), (-1,)):
         return None
     parts: Any = joined.args[0]

@@ -176,7 +176,8 @@ def _as_value(node: Node, dtypes: dict[Node, Any]) -> Any:
     functional = _overload_like(node.target, name[:-1])
     if functional is None or value is None:
         return None
-    if any(dtypes[n] not in (None, value.dtype) for n in node.all_input_nodes[1:]):
+    others = [dtype for n in node.all_input_nodes[1:] if (dtype := dtypes[n]) is not None]
+    if any(torch.promote_types(dtype, value.dtype) != value.dtype for dtype in others):
         return None  # the value would have the wider dtype
     return functional
 

@@ -262,6 +262,9 @@ def _are_put_back(linear: Node, x: Tensor) -> bool:
     )
 
 
+_ROWS = ops.RESHAPES | {ops.FLATTEN}
+
+
 def _rows_meet(program: Program) -> bool:
     """linear(reshape(x, [rows, n]), w) -> reshape(linear(x, w), …).
 
@@ -275,10 +278,10 @@ def _rows_meet(program: Program) -> bool:
     writes = StorageWrites(program.graph)
     for linear in linears:
         rows = linear.args[0]
-        if not isinstance(rows, Node) or str(rows.target) not in ops.RESHAPES:
+        if not isinstance(rows, Node) or str(rows.target) not in _ROWS:
             continue
         x = rows.args[0]
-        while isinstance(x, Node) and x not in readers and str(x.target) in ops.RESHAPES:
+        while isinstance(x, Node) and x not in readers and str(x.target) in _ROWS:
             x = x.args[0]
         flat, whole = _value(rows), _value(x)
         if not isinstance(x, Node) or flat is None or whole is None:
@@ -289,7 +292,10 @@ def _rows_meet(program: Program) -> bool:
             continue
         if any(writes.is_written(n) for n in (x, rows, linear)) or flat.dim() == whole.dim():
             continue
-        shape = list(rows.args[1])  # type: ignore[arg-type]
+        given: Any = rows.args[1:]
+        shape = list(given[0]) if str(rows.target) != ops.FLATTEN else [-1, flat.shape[-1]]
+        if len(shape) != flat.dim():
+            continue
         with program.graph.inserting_before(linear):
             y = program.graph.call_function(linear.target, (x, *linear.args[1:]))  # type: ignore[arg-type]
             outputs = linear.args[1].meta["val"].shape[0]  # type: ignore[union-attr]

@@ -17,7 +17,7 @@ from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
 from fxfuse.passes.modes import sets_grad_mode
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, same_memory, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, same_memory, storage_of, written_by
 from fxfuse.patterns import ops
 
 
@@ -26,9 +26,10 @@ def normalise(program: Program) -> None:
     _drop_idle_switches(program)
     _fold_idle_dropout(program)
     _fold_identities(program)
+    _writes_to_the_base(program)
     _one_name(program)
-    _one_reshape(program)
     fold_idle_calls(program)
+    _one_reshape(program)
     _one_convolution(program)
     _kept_dimension(program)
     _without_empty_parts(program)
@@ -36,9 +37,10 @@ def normalise(program: Program) -> None:
     spell_moved_elements(program)
     _one_view_of_each(program)
     put_weights_second(program)
-    _one_view_of_each(program)
-    _drop_dead_nodes(program)
-    spell_linears(program)
+    for _ in range(2):  # a bias is seen once the rows of its linear are where they belong
+        _one_view_of_each(program)
+        _drop_dead_nodes(program)
+        spell_linears(program)
     _one_view_of_each(program)
     _drop_dead_nodes(program)
     program.graph.lint()
@@ -196,9 +198,21 @@ def _one_view_of_each(program: Program) -> None:
             node.replace_all_uses_with(same)
 
 
+def _writes_to_the_base(program: Program) -> None:
+    """copy_(detach(x), v) -> copy_(x, v): the very same memory."""
+    for node in program.graph.nodes:
+        for place in written_by(node):
+            base = place.args[0] if _hands_on_memory(place) else None
+            if isinstance(base, Node) and same_memory(place, base):
+                node.replace_input_with(place, base)
+
+
 def _one_reshape(program: Program) -> None:
-    """view(x, s) -> reshape(x, s): unless that memory is written, when a copy would lose the write."""
-    writes = StorageWrites(program.graph)
+    """view(x, s) -> reshape(x, s), reshape(reshape(x, s), t) -> reshape(x, t).
+
+    Unless that memory is written, when a copy would lose the write.
+    """
+    writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
     for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
         if not writes.is_written(node):
             node.target = torch.ops.aten.reshape.default
@@ -207,6 +221,20 @@ def _one_reshape(program: Program) -> None:
         if not writes.is_written(node) and all(type(size) is int for size in sizes):
             node.target = torch.ops.aten.reshape.default
             node.args = (node.args[0], sizes)
+    for node in program.calls(ops.UNFLATTEN):
+        sizes, source = list(node.meta["val"].shape), node.args[0]
+        made = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
+        if made and not writes.is_written(node) and all(type(size) is int for size in sizes):
+            node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (source, sizes), {}
+    for node in program.calls(ops.RESHAPE):
+        source = node.args[0]
+        twice = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
+        if twice and not writes.is_written(node) and storage_of(node) not in fixed:
+            node.args = (source.args[0], *node.args[1:])  # type: ignore[union-attr]
+            node.meta.pop("val", None)
+            changed = True
+    if changed:
+        program.refresh()
 
 
 def _drop_dead_nodes(program: Program) -> None:

@@ -171,7 +171,7 @@ def readings(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
         )
     linears = set(program.calls(ops.LINEAR))
-    cones = [set(behind([n], linears)) for n in (found.query, found.key, found.value)]
+    cones = [set(behind([n], linears)) for n in found.attention.args[:3]]  # type: ignore[list-item]
     by_role: list[list[Part]] = [[], [], [], []]
     rows = [n for n in read_by([*region, *cones[2]]) if n in linears]
     for part in (part for row in rows for part in parts_of(row)):

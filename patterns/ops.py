@@ -134,6 +134,7 @@ RESHAPE = "aten.reshape.default"
 EXPAND = "aten.expand.default"
 REPEATED = frozenset({EXPAND, UNSQUEEZE})
 FLATTEN = "aten.flatten.using_ints"
+UNFLATTEN = "aten.unflatten.int"
 VIEW_AS = "aten.view_as.default"
 
 # Move elements without changing any of them.

@@ -62,24 +62,47 @@ ON_ANGLES = (
     | frozenset({"aten.neg.default", "aten.to.dtype", "aten.split_with_sizes.default", "aten.select.int"})
 )
 
+# Take consecutive elements along one dimension.
+CUTS = frozenset(
+    {
+        "aten.chunk.default",
+        "aten.dsplit.array",
+        "aten.hsplit.array",
+        "aten.narrow.default",
+        "aten.select.int",
+        "aten.slice.Tensor",
+        "aten.split.Tensor",
+        "aten.split.sizes",
+        "aten.split_with_sizes.default",
+        "aten.tensor_split.indices",
+        "aten.tensor_split.sections",
+        "aten.unbind.int",
+        "aten.unflatten.int",
+    }
+)
+
 # What may precede a convolution as its padding.
 PADDINGS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 
 # What may follow a convolution and belong to it: a cut, and a SiLU in any spelling.
-AFTER_CONVOLUTION = CASTS | frozenset(
-    {
-        "aten.add.Tensor",
-        "aten.div.Tensor",
-        "aten.exp.default",
-        "aten.log_sigmoid.default",
-        "aten.mul.Tensor",
-        "aten.narrow.default",
-        "aten.neg.default",
-        "aten.pow.Tensor_Scalar",
-        "aten.reciprocal.default",
-        "aten.sigmoid.default",
-        "aten.silu.default",
-        "aten.slice.Tensor",
-        "aten.tanh.default",
-    }
+AFTER_CONVOLUTION = (
+    CASTS
+    | CUTS
+    | frozenset(
+        {
+            "aten.add.Tensor",
+            "aten.div.Tensor",
+            "aten.exp.default",
+            "aten.log_sigmoid.default",
+            "aten.mul.Tensor",
+            "aten.narrow.default",
+            "aten.neg.default",
+            "aten.pow.Tensor_Scalar",
+            "aten.reciprocal.default",
+            "aten.sigmoid.default",
+            "aten.silu.default",
+            "aten.slice.Tensor",
+            "aten.tanh.default",
+        }
+    )
 )

@@ -35,13 +35,19 @@ def _log_decay(s: Speller, a: Node, heads: int) -> Node:
     return s.mul(s.neg(decay), s.softplus(shifted))
 
 
-def _chunked_rule(s: Speller, sizes: Sizes, x: Node, g: Node, beta: Node) -> list[Node]:
+def _chunked_rule(
+    s: Speller, sizes: Sizes, x: Node, gates: list[Node], normalised: bool = False
+) -> list[Node]:
+    """With query and key normalised before the rule, or by it."""
     batch, length = s.sizes(x, 2)
     heads, values = sizes["heads"], sizes["heads"] * sizes["ratio"]
     q = s.reshape(s.linear(x, heads * sizes["key"], name="q"), batch, length, heads, sizes["key"])
     k = s.reshape(s.linear(x, heads * sizes["key"], name="k"), batch, length, heads, sizes["key"])
     v = s.reshape(s.linear(x, values * sizes["value"], name="v"), batch, length, values, sizes["value"])
-    both = s.call(torch.ops.fxfuse.chunk_gated_delta_rule.default, q, k, v, g, beta, None, True)
+    if normalised:
+        q, k = (s.cast(_normalised(s, t), s.dtype, x) for t in (q, k))
+    rule = torch.ops.fxfuse.chunk_gated_delta_rule.default
+    both = s.call(rule, q, k, v, *gates, None, not normalised)
     return [s.mul(part, 2) for part in s.parts(both, 2)]
 
 
@@ -49,20 +55,28 @@ def _write_gates(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     heads = sizes["heads"] * sizes["ratio"]
     b = s.linear(x, heads, name="in_proj_b")
     a = s.linear(x, heads, name="in_proj_a")
-    return _chunked_rule(s, sizes, x, _log_decay(s, a, heads), s.sigmoid(b))
+    return _chunked_rule(s, sizes, x, [_log_decay(s, a, heads), s.sigmoid(b)])
+
+
+def _given_gates(s: Speller, sizes: Sizes) -> list[Node]:
+    shape = (sizes["batch"], sizes["length"], sizes["heads"] * sizes["ratio"])
+    return [s.input(-normal(s, "g", *shape).abs()), s.input(normal(s, "b", *shape).sigmoid())]
 
 
 def _write_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
-    shape = (sizes["batch"], sizes["length"], sizes["heads"] * sizes["ratio"])
-    g, beta = s.input(-normal(s, "g", *shape).abs()), s.input(normal(s, "b", *shape).sigmoid())
-    return _chunked_rule(s, sizes, x, g, beta)
+    return _chunked_rule(s, sizes, x, _given_gates(s, sizes))
+
+
+def _write_normalised_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    return _chunked_rule(s, sizes, x, _given_gates(s, sizes), normalised=True)
 
 
 # One decoded token
 
 
 def _draw_step(rng: random.Random) -> Sizes:
-    return _draw(rng) | {"length": 1, "taps": rng.choice((4, 2)), "rows": rng.choice((0, 1, 2))}
+    more = {"taps": rng.choice((4, 2)), "rows": rng.choice((0, 1, 2)), "cut": rng.choice((0, 1))}
+    return _draw(rng) | more | {"length": 1}
 
 
 def _rows(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
@@ -90,18 +104,24 @@ def _normalised(s: Speller, x: Node) -> Node:
     return s.mul(wide, s.rsqrt(s.add(s.sum(s.square(wide)), 1e-6)))
 
 
-def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
-    batch, heads, ratio, dk, dv = (sizes[n] for n in ("batch", "heads", "ratio", "key", "value"))
-    values, channels = heads * ratio, 2 * heads * dk + heads * ratio * dv
-    conv_state = s.input(normal(s, "conv_state", batch, channels, sizes["taps"]))
-    state = s.input(normal(s, "state", batch, values, dk, dv), dtype=torch.float32)
-    mixed, z, b, a = _rows(s, sizes, x)
-
+def _convolved(s: Speller, sizes: Sizes, mixed: Node) -> Node:
+    """silu of the convolution over the state's columns and the new one; the state moves on."""
+    channels = s.shape(mixed)[-1]
+    conv_state = s.input(normal(s, "conv_state", sizes["batch"], channels, sizes["taps"]))
     window = s.cat([conv_state, s.transpose(mixed, 1, 2)])
     last = s.split(window, [1, sizes["taps"]])[1]
     s.spell("write", conv_state, last)
-    y = s.convolution(last, "conv1d", sizes["taps"], causal=False)
-    mixed = s.transpose(s.silu(y), 1, 2)
+    read = last if sizes["cut"] else window
+    y = s.convolution(read, "conv1d", sizes["taps"], causal=False)
+    y = y if sizes["cut"] else s.split(y, [1, 1])[1]
+    return s.transpose(s.silu(y), 1, 2)
+
+
+def _moved_on(s: Speller, sizes: Sizes, mixed: Node, b: Node, a: Node) -> Node:
+    """The step of the rule [B, HV, dv] in fp32; the state moves on."""
+    batch, heads, ratio, dk, dv = (sizes[n] for n in ("batch", "heads", "ratio", "key", "value"))
+    values = heads * ratio
+    state = s.input(normal(s, "state", batch, values, dk, dv), dtype=torch.float32)
     q, k, v = s.split(mixed, [heads * dk, heads * dk, values * dv])
     q, k = (s.repeat_heads(s.reshape(t, batch, heads, 1, dk), ratio) for t in (q, k))
     q, k = (s.reshape(_normalised(s, t), batch, values, dk) for t in (q, k))
@@ -114,7 +134,13 @@ def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     new = s.add(kept, s.spell("outer", k, delta))
     out = s.spell("read_state", new, s.mul(q, dk**-0.5))
     s.spell("write", state, new)
+    return out
 
+
+def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    batch, values, dv = sizes["batch"], sizes["heads"] * sizes["ratio"], sizes["value"]
+    mixed, z, b, a = _rows(s, sizes, x)
+    out = _moved_on(s, sizes, _convolved(s, sizes, mixed), b, a)
     weight = s.parameter("norm.weight", seeded(s, "norm.weight", dv))
     gate = s.silu(s.cast(s.reshape(z, batch, values, dv), torch.float32))
     y = s.mul(s.mul(s.cast(weight, torch.float32), normed(s, out, 1e-6)), gate)
@@ -122,8 +148,20 @@ def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     return [s.mul(s.linear(row, sizes["hidden"], name="out_proj"), 2)]
 
 
+def _write_recurrence(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    mixed, _, b, a = _rows(s, sizes, x)
+    return [s.mul(s.cast(_moved_on(s, sizes, mixed, b, a), s.dtype, x), 2)]
+
+
+def _write_convolution(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    return [s.mul(_convolved(s, sizes, x), 2)]
+
+
 BLOCKS = (
     Block("gates_of_the_delta_rule", "gdn_gates", _draw, _write_gates, exact=False),
     Block("chunked_rule", "chunked_delta_rule", _draw, _write_rule, exact=False),
+    Block("rule_of_normalised_keys", "l2_norm", _draw, _write_normalised_rule, exact=False),
+    Block("recurrence", "recurrent_gated_delta_rule", _draw_step, _write_recurrence, exact=False),
+    Block("convolution_of_one_token", "causal_conv1d_update", _draw_step, _write_convolution, exact=False),
     Block("decoded_token", "gdn_decode", _draw_step, _write_step, exact=False),
 )
