@@ -15,20 +15,23 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_matters, layout_shows, storage_of, written_by
 from fxfuse.patterns import ops
 
 
 def fold_idle_calls(program: Program) -> None:
     """Rewrite in place; a result that is written, returned or read by its strides stays a copy."""
     writes_to_values(program)
+    results_to_values(program)
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    shown = layout_shows(program.graph)
     stale: set[Node] = set()
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
             continue
-        if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed:
+        anew = str(node.target) in _LAID_OUT_ANEW and storage_of(node) in shown
+        if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed or anew:
             continue
         stale |= set(node.users)
         node.replace_all_uses_with(source)
@@ -64,14 +67,18 @@ def _negated(x: Any) -> Any:
     return x.args[0] if isinstance(x, Node) and str(x.target) == ops.NEG else None
 
 
-# clone(x), cat([x]), −(−x), x¹, repeat(x, 1, 1)
+# clone(x), cat([x]), −(−x), x¹, repeat(x, 1, 1); those after the first two are laid out anew
 _OTHERS: dict[str, Callable[..., Any]] = {
     ops.CLONE: lambda x: x,
     ops.CAT: _of_one,
     ops.NEG: _negated,
     ops.POWER: lambda x, power: x if _is_number(power, 1) else None,
+    ops.REPEAT_INTERLEAVE: lambda x, count, dim=None: x if dim is not None and count == 1 else None,
     ops.REPEAT: lambda x, counts: x if all(n == 1 for n in counts) else None,
 }
+
+
+_LAID_OUT_ANEW = (ops.CAT, ops.REPEAT, ops.REPEAT_INTERLEAVE)
 
 
 def _is_number(value: Any, wanted: int) -> bool:
@@ -115,6 +122,51 @@ def writes_to_values(program: Program) -> None:
         changed = True
     if changed:
         program.refresh()
+
+
+def results_to_values(program: Program) -> None:
+    """silu_(x[:2]) -> silu(x[:2]) where nobody reads x afterwards, and add(x, y, out=empty) -> add(x, y)."""
+    fixed, changed = layout_matters(program.graph), False
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    dtypes = {node: getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
+    sharing: dict[int | None, list[Node]] = {}
+    for node in program.graph.nodes:
+        sharing.setdefault(storage_of(node), []).append(node)
+    for storage, nodes in sharing.items():
+        writes = [node for node in nodes if written_by(node)]
+        made = nodes[0].op == "call_function" and not written_by(nodes[0])
+        if storage is None or storage in fixed or len(writes) != 1 or not made:
+            continue
+        (write,) = writes
+        before = nodes[: nodes.index(write)]
+        if any(position[user] > position[write] for node in before for user in node.users):
+            continue
+        if any(not isinstance(user.meta.get("val"), Tensor) for node in before for user in node.users):
+            continue
+        target = _without_out(write) if "out" in write.kwargs else _as_value(write, dtypes)
+        if target is not None:
+            write.target = target
+            write.kwargs = {key: value for key, value in write.kwargs.items() if key != "out"}
+            for node in nodes[nodes.index(write) :]:
+                node.meta.pop("val", None)
+            changed = True
+    if changed:
+        program.refresh()
+
+
+def _without_out(node: Node) -> Any:
+    """The overload that returns what this one writes to memory made for it, all of one dtype."""
+    out, target = node.kwargs["out"], node.target
+    known = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    if not known or not isinstance(out, Node) or written_by(node) != [out]:
+        return None
+    empty, values = str(out.target).startswith("aten.empty"), [n.meta["val"] for n in node.all_input_nodes]
+    if not empty or len({v.dtype for v in values}) > 1 or node.meta["val"].shape != out.meta["val"].shape:
+        return None
+    packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::"))  # type: ignore[union-attr]
+    wanted = _types(target)[:-1]  # type: ignore[arg-type]
+    overloads = [getattr(packet, each) for each in packet.overloads()]
+    return next((overload for overload in overloads if _types(overload) == wanted), None)
 
 
 def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
 from fxfuse.patterns import ops
 
 
@@ -140,7 +140,7 @@ def _is_transposed(value: Tensor, own: Tensor) -> bool:
 
 def put_weights_second(program: Program) -> None:
     """W @ xᵀ -> (x @ Wᵀ)ᵀ, where xᵀ is a view of a tensor of rows."""
-    writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
+    writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), False
     for node in program.calls(ops.MATMUL):
         operands: tuple[Any, ...] = node.args
         weight, turned = operands[:2]

@@ -12,13 +12,13 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
 from fxfuse.patterns import ops
 
 
 def spell_moved_elements(program: Program) -> None:
     """Rewrite in place; what is written later, returned or read by its strides stays a copy."""
-    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    writes, fixed = StorageWrites(program.graph), layout_shows(program.graph)
     (end,) = program.graph.find_nodes(op="output")
     changed = False
     for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):

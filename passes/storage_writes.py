@@ -103,6 +103,16 @@ def layout_matters(graph: Graph) -> set[int | None]:
     return found
 
 
+def layout_shows(graph: Graph) -> set[int | None]:
+    """The storages whose strides decide those of something that leaves the graph or is read by strides."""
+    found = layout_matters(graph)
+    for node in reversed(graph.nodes):
+        pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
+        if pointwise and storage_of(node) in found:
+            found |= {storage_of(value) for value in node.all_input_nodes} - {None}
+    return found
+
+
 def _reads_strides(node: Node) -> bool:
     if isinstance(node.target, OpOverload):
         return str(node.target) in ops.STRIDE_READERS or node.target.namespace not in ("aten", "fxfuse")

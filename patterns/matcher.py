@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import readings
 from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
-from fxfuse.patterns.ops import CAT
+from fxfuse.patterns.ops import CAT, EINSUM
 
 
 @dataclass(frozen=True)
@@ -381,8 +381,8 @@ def _relu_and_rest(term: Term) -> Iterator[Term]:
     parts = [_uncast(part) for part, _ in addends[1]]
     for relu, rest in (parts, parts[::-1]):
         positive = relu.args[0] if _is_call(relu, "relu") else None  # type: ignore[union-attr]
-        if isinstance(relu, Node) and str(relu.target) == "aten.clamp_min.default" and relu.args[1] == 0:
-            positive = relu.args[0]
+        if isinstance(relu, Node) and str(relu.target) in readings.LOWER_BOUNDS and relu.args[1:] == (0,):
+            positive = relu.args[0] if not relu.kwargs else None
         if positive is None or not _is_call(rest, "log1p"):
             continue
         for decaying in _arguments("exp", _uncast(rest.args[0])):  # type: ignore[union-attr, arg-type]
@@ -433,9 +433,28 @@ def _summed(term: Term) -> tuple[Term, Any] | None:
             return None
         x: Any = term.argument
         return Virtual("power", x, 2.0), x.meta["val"].shape[-1]
+    if str(term.target) == "aten.unsqueeze.default" and term.args[1] in (-1, term.meta["val"].dim() - 1):
+        squared = _squared_and_summed(term.args[0])
+        return None if squared is None else (Virtual("power", squared, 2.0), squared.meta["val"].shape[-1])
     if str(term.target) == "aten.sum.dim_IntList" and _over_last(term):
         return term.args[0], term.args[0].meta["val"].shape[-1]  # type: ignore[return-value, union-attr]
     return None
+
+
+def _squared_and_summed(node: Any) -> Node | None:
+    """The x of vecdot(x, x) and einsum("…h,…h->…", x, x)."""
+    if isinstance(node, Node) and str(node.target) == "aten.linalg_vecdot.default":
+        operands: Any = node.args
+        return operands[0] if len(operands) == 2 and operands[0] is operands[1] and not node.kwargs else None
+    if not isinstance(node, Node) or str(node.target) != EINSUM or len(node.args) != 2:
+        return None
+    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
+    given, _, result = equation.partition("->")
+    names = given.split(",")
+    same = len(operands) == len(names) == 2 and operands[0] is operands[1] and names[0] == names[1]
+    letters = names[0].replace(".", "")
+    distinct = len(set(letters)) == len(letters) and not names[0].endswith(".")
+    return operands[0] if same and distinct and result == names[0][:-1] else None
 
 
 def _over_last(node: Node) -> bool:

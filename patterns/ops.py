@@ -54,6 +54,7 @@ ARANGE = frozenset({"aten.arange.default", "aten.arange.start", "aten.arange.sta
 INDEX = "aten.index.Tensor"
 INDEX_SELECT = "aten.index_select.default"
 REPEAT = "aten.repeat.default"
+REPEAT_INTERLEAVE = "aten.repeat_interleave.self_int"
 STACK = "aten.stack.default"
 
 # May hand back their input unchanged: a call that does so is folded away.

@@ -33,6 +33,8 @@ SUMS = {
 # Tensors of nothing but zeros.
 ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"})
 
+LOWER_BOUNDS = frozenset({"aten.clamp.default", "aten.clamp_min.default"})
+
 # Comparisons with a number, and from where on softplus(x) and x are the same in fp32.
 ABOVE = frozenset({"aten.gt.Scalar", "aten.ge.Scalar"})
 BELOW = frozenset({"aten.lt.Scalar", "aten.le.Scalar"})

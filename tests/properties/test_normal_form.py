@@ -51,6 +51,37 @@ def a_returned_idle_result(x: Tensor) -> tuple[Tensor, Tensor]:
     return y, x
 
 
+def a_copy_whose_source_is_written(x: Tensor, copy: Callable[[Tensor], Tensor]) -> Tensor:
+    y = x * 2
+    kept = copy(y)
+    y.add_(1)
+    return kept * 3 + y
+
+
+def a_part_is_written(x: Tensor) -> Tensor:
+    y = x * 2
+    part = y[..., :4]
+    part.relu_()
+    return y + 1
+
+
+def the_result_is_read_elsewhere(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    out = torch.ones(2, 3, 4)
+    before = out + 1
+    made = torch.matmul(x, w.t(), out=out)
+    return made * 2 + out, before
+
+
+def written_through_a_detached_part(x: Tensor) -> Tensor:
+    y = x * 2
+    y.detach()[:, 0].mul_(3)
+    return y + 1
+
+
+def selected(x: Tensor) -> Tensor:
+    return x.index_select(-1, torch.arange(3, 0, -1)) + x.index_select(-1, torch.arange(0, 6, 2))
+
+
 CASES: dict[str, Callable[..., Any]] = {
     "scaled addmm": lambda x, w, b: torch.addmm(b, x.reshape(-1, 8), w.t(), alpha=2),
     "addmm with beta": lambda x, w, b: torch.addmm(b, x.reshape(-1, 8), w.t(), beta=0.5),
@@ -72,6 +103,47 @@ CASES: dict[str, Callable[..., Any]] = {
     "a list of views, then a write": lambda x, w, b: a_list_of_views_before_a_write(x),
     "an idle result that is written": lambda x, w, b: a_written_idle_result(x, 1),
     "an idle result that is returned": lambda x, w, b: a_returned_idle_result(x),
+    "index_select in another order": lambda x, w, b: selected(x),
+    "index by a range of another step": lambda x, w, b: x[..., torch.arange(0, 6, 2)] * 2,
+    "stack joined with another dimension": lambda x, w, b: torch.stack([x, x + 1], 1).flatten(0, 1) * 2,
+    "stack joined at the end": lambda x, w, b: torch.stack([x, x + 1], -1).flatten(-2) * 2,
+    "repeat of more than one": lambda x, w, b: x[..., :1].repeat(1, 2, 3) * 2,
+    "repeat into more dimensions": lambda x, w, b: x.repeat(1, 1, 1, 1) * 2,
+    "repeat_interleave of all": lambda x, w, b: x.repeat_interleave(1) * 2,
+    "a reshape of a transposed reshape": lambda x, w, b: x.view(6, 8).t().reshape(2, 3, 8) * 2,
+    "a copy, then a write": lambda x, w, b: a_copy_whose_source_is_written(x, torch.clone),
+    "a cat of one, then a write": lambda x, w, b: a_copy_whose_source_is_written(x, lambda y: torch.cat([y])),
+    "a stack of one, then a write": lambda x, w, b: a_copy_whose_source_is_written(
+        x, lambda y: torch.stack([y])[0]
+    ),
+    "a selection, then a write": lambda x, w, b: a_copy_whose_source_is_written(
+        x, lambda y: y.index_select(0, torch.arange(0, 2))
+    ),
+    "a part is written in place": lambda x, w, b: a_part_is_written(x),
+    "written through a detached part": lambda x, w, b: written_through_a_detached_part(x),
+    "a result that is read elsewhere": lambda x, w, b: the_result_is_read_elsewhere(x, w),
+    "W @ x.mT that leaves with its strides": lambda x, w, b: ((w @ x.mT).mT * 2, x @ w.t()),
+    "a cat of one that leaves with its strides": lambda x, w, b: torch.cat([x.mT]) * 2,
+    "W @ x.mT of another x": lambda x, w, b: (w.t() @ x[..., :4].mT).mT @ w.t(),
+    "tensordot over other dimensions": lambda x, w, b: (
+        torch.tensordot(x[..., :4], w, dims=([2], [0])) @ w.t()
+    ),
+    "tensordot over two": lambda x, w, b: torch.tensordot(x[0, :1], w[:1], dims=2) + b,
+    "scaled baddbmm": lambda x, w, b: torch.baddbmm(b, x, w.t().expand(2, 8, 4), alpha=2, beta=3),
+    "baddbmm with a bias of rows": lambda x, w, b: torch.baddbmm(x[..., :4], x, w.t().expand(2, 8, 4)),
+    "mv of an input": lambda x, w, b: torch.mv(x[0], w[0]) * 2,
+    "subtracted negative that is written": lambda x, w, b: (lambda y: (x - y.mul_(2), y * 1))(-x),
+    "integers over -1": lambda x, w, b: x.to(torch.int64) / -1,
+    "x ** 3": lambda x, w, b: x.pow(3),
+    "convolution with a stride": lambda x, w, b: torch.convolution(
+        x, w[:3, None, :2], None, [2], [1], [1], False, [0], 3
+    ),
+    "transposed convolution": lambda x, w, b: torch.convolution(
+        x, w[:3, None, :2], None, [1], [0], [1], True, [0], 3
+    ),
+    "convolution padded to the same size": lambda x, w, b: torch.conv1d(
+        x, w[:3, None, :3], None, 1, "same", 1, 3
+    ),
     "dropout in training at rate one": lambda x, w, b: torch.dropout(x, 1.0, True) @ w.t(),
 }
 

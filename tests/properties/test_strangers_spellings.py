@@ -1,0 +1,301 @@
+"""Blocks as people write them who have never seen the generator, each with the pass that matches it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from equality import difference
+from torch import Tensor, nn
+
+from fxfuse import rewrite
+
+B, T, H, D = 2, 5, 12, 8
+EPS = 1e-6
+
+
+class Block(nn.Module):
+    """Parameters of all blocks, and the function that reads some of them."""
+
+    def __init__(self, compute: Callable[..., Any]) -> None:
+        super().__init__()
+        self.compute = compute
+        generator = torch.Generator().manual_seed(0)
+        shapes = {"w": (H,), "wg": (16, H), "wu": (16, H), "wd": (H, 16), "wq": (16, H), "wk": (D, H)}
+        shapes |= {"wv": (D, H), "bq": (16,), "bk": (D,), "bv": (D,), "A_log": (2,), "dt_bias": (2,)}
+        shapes |= {"taps": (H, 1, 4), "wa": (2, H), "wb": (2, H)}
+        for name, shape in shapes.items():
+            value = torch.randn(shape, generator=generator)
+            self.register_parameter(name, nn.Parameter(value, requires_grad=False))
+
+    def forward(self, *inputs: Tensor) -> Any:
+        made = self.compute(self, *inputs)
+        # What leaves the graph keeps its strides, which forbids some rewrites: a copy does not care.
+        return [(y * 2).contiguous() for y in (made if isinstance(made, (list, tuple)) else [made])]
+
+
+def hidden() -> list[Tensor]:
+    return [torch.randn(B, T, H, generator=torch.Generator().manual_seed(1))]
+
+
+def two(*shape: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    return [torch.randn(shape, generator=generator) for _ in range(2)]
+
+
+# RMSNorm
+
+NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "F.rms_norm": lambda m, x: F.rms_norm(x, (H,), m.w, EPS),
+    "torch.rms_norm, named": lambda m, x: torch.rms_norm(x, normalized_shape=[H], weight=m.w, eps=EPS),
+    "F.rms_norm without weight, times it": lambda m, x: F.rms_norm(x, (H,), eps=EPS) * m.w,
+    "F.rms_norm with 1 + w": lambda m, x: F.rms_norm(x, (H,), 1 + m.w, EPS),
+    "F.rms_norm, w.add(1) outside": lambda m, x: F.rms_norm(x, [H], None, EPS).mul(m.w.add(1)),
+    "x.square().mean": lambda m, x: x * (x.square().mean(dim=-1, keepdim=True) + EPS).rsqrt() * m.w,
+    "divided by sqrt": lambda m, x: m.w * (x / torch.sqrt(torch.mean(x.pow(2), -1, keepdim=True) + EPS)),
+    "norm squared over n": lambda m, x: x * (x.norm(2, -1, keepdim=True) ** 2 / H + EPS) ** -0.5 * m.w,
+    "vector_norm": lambda m, x: (
+        m.w * x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True).square() / H + EPS).sqrt()
+    ),
+    "einsum of squares": lambda m, x: (
+        x * torch.rsqrt(torch.einsum("bth,bth->bt", x, x)[..., None] / H + EPS) * m.w
+    ),
+    "einsum with ellipsis": lambda m, x: (
+        x * torch.rsqrt(torch.einsum("...h,...h->...", x, x).unsqueeze(-1) * (1 / H) + EPS) * m.w
+    ),
+    "vecdot": lambda m, x: x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / H + EPS) * m.w,
+    "distributed 1 + w": lambda m, x: (lambda n: n + n * m.w)(
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    ),
+    "addcmul": lambda m, x: (lambda n: torch.addcmul(n, n, m.w))(
+        x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+    ),
+    "add(alpha)": lambda m, x: (
+        x * torch.rsqrt(torch.add(x.pow(2).mean(-1, True), EPS, alpha=1)) * torch.add(m.w, 1, alpha=1)
+    ),
+    "1 - (-w)": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, True) + EPS) * (1 - (-m.w)),
+    "weight first": lambda m, x: (m.w + 1.0) * x * (x.pow(2).sum(-1, True).div(H).add(EPS)).pow(-0.5),
+    "in place": lambda m, x: x.pow(2).mean(-1, keepdim=True).add_(EPS).rsqrt_().mul(x).mul_(m.w),
+    "torch.div, named": lambda m, x: (
+        torch.div(x, other=torch.sqrt(torch.mean(x * x, dim=(-1,), keepdim=True) + EPS)) * m.w
+    ),
+    "double precision of the exponent": lambda m, x: torch.mul(
+        m.w, torch.mul(x, torch.pow(torch.mean(torch.pow(x, 2.0), [-1], True) + EPS, exponent=-0.5))
+    ),
+    "weight broadcast by hand": lambda m, x: (
+        x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * m.w[None, None, :].expand(B, T, H)
+    ),
+    "root of the inverse": lambda m, x: x * ((x * x).mean(-1, keepdim=True) + EPS).reciprocal().sqrt() * m.w,
+}
+
+# SwiGLU and gates
+
+SWIGLUS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "F.silu(inplace=True)": lambda m, x: (F.silu(x @ m.wg.T, inplace=True) * (x @ m.wu.T)) @ m.wd.T,
+    "g.sigmoid() * g * u": lambda m, x: (lambda g: g.sigmoid() * g * F.linear(x, m.wu))(F.linear(x, m.wg)),
+    "u * g / (1 + exp(-g))": lambda m, x: (lambda g: F.linear(x, m.wu) * g / (1 + (-g).exp()))(
+        F.linear(x, m.wg)
+    ),
+    "nn.Sequential(SiLU)": lambda m, x: nn.Sequential(nn.SiLU())(x.matmul(m.wg.t())).mul(x.matmul(m.wu.t())),
+    "torch.ops.aten.silu": lambda m, x: torch.ops.aten.silu(F.linear(x, m.wg)) * F.linear(x, m.wu),
+    "F.glu of what is beside it": lambda m, x: (lambda g, u: F.glu(torch.cat([g * u, g], dim=-1)))(
+        F.linear(x, m.wg), F.linear(x, m.wu)
+    ),
+    "one projection, chunk": lambda m, x: (lambda g, u: F.silu(g) * u)(
+        *F.linear(x, torch.cat([m.wg, m.wu])).chunk(2, dim=-1)
+    ),
+    "mul_ on sigmoid": lambda m, x: (lambda g: g.sigmoid().mul_(g).mul_(F.linear(x, m.wu)))(
+        F.linear(x, m.wg)
+    ),
+    "tensor_split": lambda m, x: (lambda g, u: torch.mul(input=u, other=nn.functional.silu(input=g)))(
+        *F.linear(x, torch.cat([m.wg, m.wu])).tensor_split(2, -1)
+    ),
+    "half of tanh": lambda m, x: (lambda g: 0.5 * (torch.tanh(0.5 * g) + 1) * g * F.linear(x, m.wu))(
+        F.linear(x, m.wg)
+    ),
+    "g * exp(logsigmoid(g))": lambda m, x: (lambda g: g * F.logsigmoid(g).exp() * F.linear(x, m.wu))(
+        F.linear(x, m.wg)
+    ),
+}
+
+GATES: dict[str, Callable[..., Any]] = {
+    "joined heads": lambda m, y, g: y.flatten(2) * torch.sigmoid(g.flatten(2)),
+    "F.glu": lambda m, y, g: F.glu(torch.cat((y, g), dim=-1), dim=-1),
+    "out of place of in place": lambda m, y, g: y.mul(g.clone().sigmoid_()),
+    "special.expit": lambda m, y, g: torch.special.expit(g) * y,
+    "divided": lambda m, y, g: y / (1 + torch.exp(-g)),
+    "divided by 1 + exp, reciprocal": lambda m, y, g: torch.reciprocal(1 + torch.exp(g.neg())) * y,
+    "double negation": lambda m, y, g: -((-y) * g.sigmoid()),
+}
+
+# Linears of one input
+
+LINEARS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "left multiplication": lambda m, x: [(m.wq @ x.mT).mT, (m.wk @ x.mT).mT, (m.wv @ x.transpose(1, 2)).mT],
+    "bmm": lambda m, x: [torch.bmm(x, w.t().expand(B, -1, -1)) for w in (m.wq, m.wk, m.wv)],
+    "baddbmm": lambda m, x: [
+        torch.baddbmm(b, x, w.mT.unsqueeze(0).repeat_interleave(1, 0).expand(B, H, -1))
+        for w, b in ((m.wq, m.bq), (m.wk, m.bk), (m.wv, m.bv))
+    ],
+    "addmm on rows": lambda m, x: [
+        torch.addmm(b, x.flatten(0, 1), w.T).unflatten(0, (B, T))
+        for w, b in ((m.wq, m.bq), (m.wk, m.bk), (m.wv, m.bv))
+    ],
+    "einsum, three ways": lambda m, x: [
+        torch.einsum("b t h, o h -> b t o", x, m.wq),
+        torch.einsum("oh,...h->...o", m.wk, x),
+        torch.einsum("bth,ho->bto", x, m.wv.t()),
+    ],
+    "tensordot and inner": lambda m, x: [
+        torch.tensordot(x, m.wq, dims=([2], [1])),
+        torch.inner(x, m.wk),
+        torch.tensordot(x, m.wv.t(), 1),
+    ],
+    "mixed, named": lambda m, x: [
+        F.linear(input=x, weight=m.wq, bias=m.bq),
+        torch.add(torch.matmul(input=x, other=m.wk.T), m.bk),
+        m.bv + x.reshape(-1, H).mm(m.wv.t()).view(B, T, D),
+    ],
+    "a copy for each": lambda m, x: [F.linear(x.clone(), w) for w in (m.wq, m.wk, m.wv)],
+    "detached": lambda m, x: [F.linear(x.detach(), w) for w in (m.wq, m.wk, m.wv)],
+    "out=": lambda m, x: [
+        torch.matmul(x, w.t(), out=torch.empty(B, T, w.shape[0])) for w in (m.wq, m.wk, m.wv)
+    ],
+    "one row at a time": lambda m, x: [(x.unsqueeze(-2) @ w.t()).squeeze(-2) for w in (m.wq, m.wk, m.wv)],
+}
+
+
+# Rotated attention over heads that share a key, and the gates of the delta rule
+
+
+def rotate_cat(x: Tensor) -> Tensor:
+    first, second = x[..., : D // 2], x[..., D // 2 :]
+    return torch.cat((-second, first), dim=-1)
+
+
+def rotate_stack(x: Tensor) -> Tensor:
+    first, second = x.unflatten(-1, (2, -1)).unbind(-2)
+    return torch.stack((second.neg(), first), dim=-2).flatten(-2)
+
+
+def rotate_roll(x: Tensor) -> Tensor:
+    return torch.cat([-x.roll(D // 2, -1)[..., : D // 2], x[..., : D // 2]], -1)
+
+
+def attention(
+    turn: Callable[[Tensor], Tensor] = rotate_cat,
+    rotate: Callable[..., Tensor] | None = None,
+    repeat: Callable[[Tensor], Tensor] = lambda k: k.repeat_interleave(2, dim=1),
+    norm: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> Callable[..., Any]:
+    def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        norms = norm or (lambda y, w: y * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * (1 + w))
+        turned = rotate or (lambda y, c, s: y * c + turn(y) * s)
+        c, s = cos[None, None], sin[None, None]
+        q = norms(F.linear(x, m.wq).view(B, T, 2, D), m.bk).transpose(1, 2)
+        k = norms(F.linear(x, m.wk).view(B, T, 1, D), m.bv).transpose(1, 2)
+        v = F.linear(x, m.wv).view(B, T, 1, D).transpose(1, 2)
+        y = F.scaled_dot_product_attention(turned(q, c, s), repeat(turned(k, c, s)), repeat(v))
+        return y.transpose(1, 2).reshape(B, T, 2 * D)
+
+    return compute
+
+
+def by_halves(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    a, b = y.chunk(2, -1)
+    half = D // 2
+    c1, c2, s1, s2 = c[..., :half], c[..., half:], s[..., :half], s[..., half:]
+    return torch.cat([a * c1 - b * s1, torch.addcmul(b * c2, a, s2)], dim=-1)
+
+
+ATTENTIONS: dict[str, Callable[..., Any]] = {
+    "rotate_half by cat": attention(),
+    "rotate_half by stack": attention(turn=rotate_stack),
+    "rotate_half by roll": attention(turn=rotate_roll),
+    "addcmul": attention(rotate=lambda y, c, s: torch.addcmul(y * c, rotate_cat(y), s)),
+    "by halves": attention(rotate=by_halves),
+    "expand": attention(repeat=lambda k: k.expand(-1, 2, -1, -1)),
+    "five dimensions": attention(repeat=lambda k: k[:, :, None].expand(B, 1, 2, T, D).flatten(1, 2)),
+    "repeat": attention(repeat=lambda k: k.unsqueeze(2).repeat(1, 1, 2, 1, 1).reshape(B, 2, T, D)),
+    "stacked": attention(repeat=lambda k: torch.stack([k, k], dim=2).flatten(1, 2)),
+    "F.rms_norm": attention(norm=lambda y, w: F.rms_norm(y, (D,), 1 + w, EPS)),
+}
+
+
+def gates(
+    softplus: Callable[[Tensor], Tensor], rate: Callable[[Tensor], Tensor] = torch.sigmoid
+) -> Callable[..., Any]:
+    def compute(m: Any, x: Tensor) -> Any:
+        g = -m.A_log.float().exp() * softplus(F.linear(x, m.wa).float() + m.dt_bias)
+        beta = rate(F.linear(x, m.wb))
+        q = F.linear(x, m.wq).view(B, T, 2, D)
+        return torch.ops.fxfuse.chunk_gated_delta_rule(q, q, q, g, beta, None, True)
+
+    return compute
+
+
+GDN_GATES: dict[str, Callable[..., Any]] = {
+    "log1p(exp)": gates(lambda a: torch.log1p(torch.exp(a))),
+    "log(1 + exp)": gates(lambda a: (1 + a.exp()).log()),
+    "logaddexp": gates(lambda a: torch.logaddexp(a, torch.zeros_like(a))),
+    "logaddexp with a number": gates(lambda a: torch.logaddexp(torch.zeros(()), a)),
+    "-logsigmoid(-a)": gates(lambda a: -F.logsigmoid(-a)),
+    "where": gates(lambda a: torch.where(a > 20, a, a.exp().log1p())),
+    "where, the other way": gates(lambda a: torch.where(a <= 20.0, torch.log1p(a.exp()), a)),
+    "relu + log1p": gates(lambda a: a.relu() + (-a.abs()).exp().log1p()),
+    "clamp + log1p": gates(lambda a: a.clamp(min=0) + torch.log1p(torch.exp(-torch.abs(a)))),
+    "F.softplus, named": gates(lambda a: F.softplus(input=a, beta=1, threshold=20)),
+    "rate by tanh": gates(F.softplus, lambda b: (b / 2).tanh().add(1).div(2)),
+    "rate by exp": gates(F.softplus, lambda b: 1.0 / (1.0 + torch.exp(-b))),
+}
+
+
+def convolved(write: Callable[..., Tensor]) -> Callable[..., Any]:
+    """[B, T, C] again, as projections want it."""
+    return lambda m, x: write(m, x).transpose(1, 2)
+
+
+CONVOLUTIONS: dict[str, Callable[..., Any]] = {
+    "padded, cut": convolved(lambda m, x: F.silu(F.conv1d(x.mT, m.taps, padding=3, groups=H)[..., :T])),
+    "padded before": convolved(lambda m, x: F.silu(F.conv1d(F.pad(x.mT, [3, 0]), m.taps, groups=H))),
+    "zeros before": convolved(
+        lambda m, x: F.silu(
+            F.conv1d(torch.cat([x.new_zeros(B, H, 3), x.transpose(1, 2)], 2), m.taps, groups=H)
+        )
+    ),
+    "cut from behind": convolved(lambda m, x: F.silu(F.conv1d(x.mT, m.taps, padding=3, groups=H)[:, :, :-3])),
+    "silu by sigmoid": convolved(
+        lambda m, x: (lambda y: y * y.sigmoid())(
+            F.conv1d(x.permute(0, 2, 1), m.taps, None, 1, 3, 1, H).narrow(-1, 0, T)
+        )
+    ),
+    "silu in place": convolved(
+        lambda m, x: F.silu(F.conv1d(x.mT, m.taps, padding=(3,), groups=H)[..., :T], inplace=True)
+    ),
+}
+
+ANGLES = [torch.randn(T, D, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
+SETS: dict[str, tuple[dict[str, Callable[..., Any]], Callable[[], list[Tensor]]]] = {
+    "rms_norm": (NORMS, hidden),
+    "swiglu": (SWIGLUS, hidden),
+    "sigmoid_gate": (GATES, lambda: two(B, T, 2, D)),
+    "same_input_linears": (LINEARS, hidden),
+    "qk_norm_rope_gate": (ATTENTIONS, lambda: [*hidden(), *ANGLES]),
+    "gdn_gates": (GDN_GATES, hidden),
+    "causal_conv1d": (CONVOLUTIONS, hidden),
+}
+CASES = [(rule, name) for rule, (spellings, _) in SETS.items() for name in spellings]
+
+
+@pytest.mark.parametrize(("rule", "name"), CASES)
+def test_a_strangers_spelling_is_matched_and_computes_the_same(rule: str, name: str) -> None:
+    spellings, inputs = SETS[rule]
+    module, given = Block(spellings[name]), inputs()
+    rewritten = rewrite(module, given, passes=(rule,), dynamic=False)
+    reasons = [miss.reason for miss in rewritten.report.misses]
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    matches = rewritten.report.graphs[0].outcomes[rule].matches
+    assert len(matches) == 1, reasons or "no candidate was seen"
+    if rule == "same_input_linears":
+        assert matches[0].detail.startswith("3 linears")
