@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import importlib
 import importlib.util
 import re
 import subprocess
@@ -30,6 +31,8 @@ from fxfuse.errors import OptionError
 from fxfuse.runtime.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    chunk_gated_delta_rule,
+    gated_delta_rule,
     gated_rms_norm,
     gdn_decode,
     gdn_gates,
@@ -144,6 +147,7 @@ def works(widths: Widths, batch: int, length: int, dtype: torch.dtype, device: s
         name = "qkvzba_split" + ", interleaved" * interleaved
         given = (*whole, interleaved)
         yield _work(name, qkvzba_split.launch, qkvzba_split.reference, *given, written=[row])
+    heads = [x.unflatten(-1, (-1, HEAD)) for x in row[..., :channels].split([keys, keys, values], dim=-1)]
     if length == 1:
         for interleaved in (False, True):
             parts = gdn_decode.views_of_row(*(x[:, 0] for x in whole[:2]), *sizes, interleaved)
@@ -154,14 +158,12 @@ def works(widths: Widths, batch: int, length: int, dtype: torch.dtype, device: s
                 *(*parts, conv_state, taps, None, A_log, dt_bias, norm, state, EPS, False),
                 written=[parts.z, conv_state, state],
             )
-        q, k, v = row[..., :channels].split([keys, keys, values], dim=-1)
         yield _work(
             "recurrent_gated_delta_rule",
             recurrent_gated_delta_rule.launch,
             recurrent_gated_delta_rule.reference,
-            *(x.unflatten(-1, (-1, HEAD)) for x in (q, k, v)),
-            *(-gates.abs(), gates.sigmoid(), state, True),
-            written=[v, state],
+            *(*heads, -gates.abs(), gates.sigmoid(), state, True),
+            written=[heads[2], state],
         )
         yield _work(
             "causal_conv1d_update",
@@ -171,6 +173,21 @@ def works(widths: Widths, batch: int, length: int, dtype: torch.dtype, device: s
             written=[mixed, conv_state],
         )
     else:
+        yield _work(
+            "chunk_gated_delta_rule",
+            chunk_gated_delta_rule.launch,
+            gated_delta_rule.reference,
+            *(*heads, -gates.abs(), gates.sigmoid(), state, True),
+            written=[heads[2], state],
+        )
+        bounds = torch.arange(0, length + 1, max(length // 4, 1), device=device)
+        yield _work(
+            "chunk_gated_delta_rule, packed",
+            chunk_gated_delta_rule.launch,
+            gated_delta_rule.reference,
+            *(*(x[:1] for x in (*heads, -gates.abs(), gates.sigmoid())), None, True, bounds),
+            written=[heads[2], state],
+        )
         yield _work(
             "causal_conv1d",
             causal_conv1d.launch,
@@ -377,8 +394,9 @@ def _peers(work: Work) -> Iterator[Peer]:
     yield Peer("torch.compile", _timed(lambda: compiled(*work.given)), always)
     if work.name == "gdn_decode":
         yield Peer("three launches", _timed(three_launches(*work.given)), always)
-    if work.name == "recurrent_gated_delta_rule" and importlib.util.find_spec("fla"):
-        yield Peer("flash-linear-attention", _timed(_by_fla(*work.given)), always)
+    theirs = BY_FLA.get(work.name)
+    if theirs is not None and importlib.util.find_spec("fla"):
+        yield Peer("flash-linear-attention", _timed(theirs(*work.given)), always)
 
 
 def _timed(function: Callable[[], object]) -> Callable[[], float]:
@@ -453,6 +471,18 @@ def _by_fla(
         output_final_state=True,
         use_qk_l2norm_in_kernel=normalise,
     )
+
+
+def _chunks_by_fla(*given: Any) -> Callable[[], object]:
+    function = importlib.import_module("fla.ops.gated_delta_rule").chunk_gated_delta_rule
+    return lambda: chunk_gated_delta_rule.by_fla(function, *given)
+
+
+BY_FLA = {
+    "recurrent_gated_delta_rule": _by_fla,
+    "chunk_gated_delta_rule": _chunks_by_fla,
+    "chunk_gated_delta_rule, packed": _chunks_by_fla,
+}
 
 
 def _matches(work: Work) -> bool:

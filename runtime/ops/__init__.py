@@ -3,6 +3,7 @@
 from fxfuse.runtime.ops import (
     causal_conv1d,
     causal_conv1d_update,
+    chunk_gated_delta_rule,
     gated_delta_rule,
     gated_rms_norm,
     gather_features,
@@ -19,6 +20,7 @@ from fxfuse.runtime.ops import (
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_update",
+    "chunk_gated_delta_rule",
     "gated_delta_rule",
     "gated_rms_norm",
     "gather_features",

@@ -5,12 +5,17 @@ product of the rank-one updates is the solution of one unit lower-triangular sys
 state is carried.
 """
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxfuse.errors import ShapeError
+
 CHUNK = 64
 L2_EPSILON = 1e-6
+LEAST_LOG_DECAY = -110.0  # exp of it is zero in float32; sums of less lose digits, and of −inf all of them
 
 
 def _heads_first(x: Tensor, heads: int) -> Tensor:
@@ -45,7 +50,7 @@ def prepared(
         query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
     q, k, v, decay, rate = (_chunks(_heads_first(x, heads), size) for x in (query, key, value, g, beta))
     q = q * dk**-0.5
-    decay = decay.cumsum(-1)
+    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
     rate = rate.unsqueeze(-1)
     causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
     between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
@@ -79,6 +84,54 @@ def scanned(
     return torch.cat(outs, dim=1).unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
 
 
+def check(
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> None:
+    """Raise ShapeError where shapes do not belong together."""
+    batch, length, heads, dv = value.shape
+    key_heads, dk = key.shape[2:]
+    if (
+        query.shape != key.shape
+        or key.shape[:2] != (batch, length)
+        or heads % key_heads
+        or not g.shape == beta.shape == (batch, length, heads)
+    ):
+        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, g, beta))
+        raise ShapeError(
+            f"{name} takes query and key [B, T, Hk, dk], value [B, T, HV, dv] with HV a multiple of Hk and "
+            f"g and beta [B, T, HV], not {shapes}"
+        )
+    sequences, letter = batch, "B"
+    if cu_seqlens is not None:
+        if batch != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point() or cu_seqlens.numel() < 1:
+            raise ShapeError(
+                f"{name} takes packed sequences as a batch of one, with cu_seqlens [N + 1] of integers, not "
+                f"a batch of {batch} with {str(cu_seqlens.dtype).removeprefix('torch.')} "
+                f"{tuple(cu_seqlens.shape)}"
+            )
+        sequences, letter = cu_seqlens.shape[0] - 1, "N"
+    if state is not None and state.shape != (sequences, heads, dk, dv):
+        raise ShapeError(
+            f"{name} takes a state [{letter}, HV, dk, dv], here {(sequences, heads, dk, dv)}, not "
+            f"{tuple(state.shape)}"
+        )
+
+
+def parts(cu_seqlens: Tensor, length: int) -> list[slice]:
+    """The tokens of each packed sequence; ShapeError unless they cover all tokens one after the other."""
+    bounds = cu_seqlens.tolist()
+    if bounds[0] != 0 or bounds[-1] != length or any(a > b for a, b in itertools.pairwise(bounds)):
+        raise ShapeError(f"cu_seqlens {bounds} do not lead from 0 to the {length} tokens that there are")
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+
+
 def reference(
     query: Tensor,
     key: Tensor,
@@ -87,6 +140,7 @@ def reference(
     beta: Tensor,
     initial_state: Tensor | None,
     normalise: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The rule in plain torch, computed in fp32; differentiable.
 
@@ -95,10 +149,14 @@ def reference(
         g, beta: [B, T, HV]; g is the logarithm of the decay.
         initial_state: [B, HV, dk, dv] or None for zeros.
         normalise: l2-normalise query and key over dk.
+        cu_seqlens: [N + 1] integers, 0 first and T last, where a batch of one packs N sequences: sequence n
+            has the tokens from cu_seqlens[n] to cu_seqlens[n + 1], and its own state in [N, HV, dk, dv].
 
     Returns:
         out [B, T, HV, dv] in query's dtype, contiguous; final state [B, HV, dk, dv] in fp32, contiguous.
     """
+    if cu_seqlens is not None:
+        return _packed(query, key, value, g, beta, initial_state, normalise, cu_seqlens)
     length = value.shape[1]
     state = initial(query, value, initial_state)
     if length == 0:
@@ -106,6 +164,28 @@ def reference(
     size = min(CHUNK, length)
     out, state = scanned(*prepared(query, key, value, g, beta, normalise, size), state)
     return out[:, :, :length].transpose(1, 2).to(query.dtype).contiguous(), state.contiguous()
+
+
+def _packed(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    initial_state: Tensor | None,
+    normalise: bool,
+    cu_seqlens: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`reference` of each sequence by itself."""
+    outs = [value.new_empty((1, 0, *value.shape[2:]), dtype=query.dtype)]
+    states = [initial(query, value, None)[:0]]
+    for n, part in enumerate(parts(cu_seqlens, value.shape[1])):
+        before = None if initial_state is None else initial_state[n : n + 1]
+        q, k, v, decay, rate = (x[:, part] for x in (query, key, value, g, beta))
+        out, state = reference(q, k, v, decay, rate, before, normalise)
+        outs.append(out)
+        states.append(state)
+    return torch.cat(outs, dim=1), torch.cat(states)
 
 
 def initial(query: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
@@ -128,77 +208,3 @@ def delta_rule_chunks(
 def _(q, k, solved, attention, last, state):  # type: ignore[no-untyped-def]
     batch, heads, chunks, size, _ = q.shape
     return q.new_empty((batch, heads, chunks * size, state.shape[-1])), state.new_empty(state.shape)
-
-
-@torch.library.custom_op("fxfuse::chunk_gated_delta_rule", mutates_args=())
-def chunk_gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-) -> tuple[Tensor, Tensor]:
-    """The rule over [B, T, ...] as one node of a graph; shapes and dtypes as in `reference`."""
-    out, state = reference(query, key, value, g, beta, initial_state, normalise)
-    return out, state.clone() if state is initial_state else state
-
-
-@chunk_gated_delta_rule.register_fake
-def _(query, key, value, g, beta, initial_state, normalise):  # type: ignore[no-untyped-def]
-    batch, length, heads, dv = value.shape
-    out = query.new_empty((batch, length, heads, dv))
-    return out, query.new_empty((batch, heads, key.shape[-1], dv), dtype=torch.float32)
-
-
-@torch.library.custom_op("fxfuse::chunk_gated_delta_rule_backward", mutates_args=())
-def chunk_gated_delta_rule_backward(
-    grad_out: Tensor | None,
-    grad_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, g, beta and the initial state: autograd over the reference, recomputed.
-
-    The last one is an empty tensor where there was no initial state.
-    """
-    given = [query, key, value, g, beta, *([] if initial_state is None else [initial_state])]
-
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, *state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return reference(q, k, v, g, b, state[0] if state else None, normalise)
-
-    # An operator's kernel runs below autograd; torch.func brings its own.
-    outs, pull = torch.func.vjp(forward, *given)[:2]
-    cotangents = tuple(
-        torch.zeros_like(o) if d is None else d for o, d in zip(outs, (grad_out, grad_state), strict=True)
-    )
-    grads = [x.contiguous() for x in pull(cotangents)]
-    return tuple(grads if initial_state is not None else [*grads, query.new_empty(0)])  # type: ignore[return-value]
-
-
-@chunk_gated_delta_rule_backward.register_fake
-def _(grad_out, grad_state, query, key, value, g, beta, initial_state, normalise):  # type: ignore[no-untyped-def]
-    state = query.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return (*(x.new_empty(x.shape) for x in (query, key, value, g, beta)), state)
-
-
-def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    *tensors, ctx.normalise = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _backward(ctx, grad_out, grad_state):  # type: ignore[no-untyped-def]
-    saved = ctx.saved_tensors  # once: under activation checkpointing each look unpacks them
-    *rest, state = chunk_gated_delta_rule_backward(grad_out, grad_state, *saved, ctx.normalise)
-    return (*rest, None if saved[5] is None else state, None)
-
-
-chunk_gated_delta_rule.register_autograd(_backward, setup_context=_save)

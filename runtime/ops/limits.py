@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fxfuse.runtime.ops import (
     causal_conv1d_update,
+    chunk_gated_delta_rule,
     gated_rms_norm,
     gdn_decode,
     gdn_gates,
@@ -18,6 +19,7 @@ from fxfuse.runtime.ops import (
 
 _LIMITS: dict[str, Callable[..., str | None]] = {
     "causal_conv1d_update": causal_conv1d_update.unsupported,
+    "chunk_gated_delta_rule": chunk_gated_delta_rule.unsupported,
     "gated_rms_norm": gated_rms_norm.unsupported,
     "gdn_decode": gdn_decode.unsupported,
     "gdn_gates": gdn_gates.unsupported,

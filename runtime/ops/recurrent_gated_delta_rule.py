@@ -11,21 +11,27 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import wide
+from fxfuse.runtime.ops.gated_delta_rule import L2_EPSILON, check, parts
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-L2_EPSILON = 1e-6
 MAX_KEY_DIM = 256
 BLOCK_V = 32
 
 
 def reference(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    normalise: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The rule in plain torch, computed in float32.
 
@@ -35,10 +41,18 @@ def reference(
         g, beta: [B, T, HV]; g is the logarithm of the decay.
         state: [B, HV, dk, dv] of any strides, in place.
         normalise: l2-normalise query and key over dk.
+        cu_seqlens: [N + 1] integers, 0 first and T last, where a batch of one packs N sequences: sequence n
+            has the tokens from cu_seqlens[n] to cu_seqlens[n + 1], and its own state in [N, HV, dk, dv].
 
     Returns:
         [B, T, HV, dv] in the dtype of query, contiguous.
     """
+    if cu_seqlens is not None:
+        outs = []
+        for n, part in enumerate(parts(cu_seqlens, value.shape[1])):
+            q, k, v, decay, rate = (x[:, part] for x in (query, key, value, g, beta))
+            outs.append(reference(q, k, v, decay, rate, state[n : n + 1], normalise))
+        return torch.cat([value.new_empty((1, 0, *value.shape[2:]), dtype=query.dtype), *outs], dim=1)
     ratio = value.shape[2] // key.shape[2]
     q, k, v, decay, rate = (wide(x) for x in (query, key, value, g, beta))
     if normalise:
@@ -56,17 +70,17 @@ def reference(
     return out
 
 
-def unsupported(*tensors: Tensor) -> str | None:
+def unsupported(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
     """Why the kernel takes these arguments, in the order of `reference`, on no device, or None."""
-    key_dim = tensors[1].shape[-1]
+    key_dim = key.shape[-1]
     if key_dim > MAX_KEY_DIM:
         return f"key heads of {key_dim}: one program holds at most {MAX_KEY_DIM}"
-    return triton_kernel.unsupported(*tensors)
+    return triton_kernel.unsupported(query, key, *rest)
 
 
-def refusal(*tensors: Tensor) -> str | None:
+def refusal(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
     """Why the kernel does not take these arguments here, or None."""
-    return unsupported(*tensors) or triton_kernel.refusal(*tensors)
+    return unsupported(query, key, *rest) or triton_kernel.refusal(query, key, *rest)
 
 
 @kernel
@@ -77,6 +91,7 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
     g,
     beta,
     state,
+    cu_seqlens,
     out,
     length,
     value_heads,
@@ -106,6 +121,7 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
     state_stride_h,
     state_stride_k,
     state_stride_v,
+    PACKED: tl.constexpr,
     NORMALISE: tl.constexpr,
     EPSILON: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,21 +129,26 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
 ):
     i = tl.arange(0, BLOCK_K)
     j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    batch = (tl.program_id(1) // value_heads).to(tl.int64)
+    sequence = (tl.program_id(1) // value_heads).to(tl.int64)
     head = tl.program_id(1) % value_heads
+    batch, start, count = sequence, sequence * 0, length
+    if PACKED:
+        start = tl.load(cu_seqlens + sequence).to(tl.int64)
+        count = (tl.load(cu_seqlens + sequence + 1) - start).to(tl.int32)
+        batch = sequence * 0
     in_key = i < key_dim
     in_value = j < value_dim
     tile = in_key[:, None] & in_value[None, :]
-    place = state + batch * state_stride_b + head * state_stride_h
+    place = state + sequence * state_stride_b + head * state_stride_h
     place = place + i[:, None] * state_stride_k + j[None, :] * state_stride_v
     current = tl.load(place, mask=tile, other=0.0).to(tl.float32)
-    query += batch * query_stride_b + head // ratio * query_stride_h
-    key += batch * key_stride_b + head // ratio * key_stride_h
-    value += batch * value_stride_b + head * value_stride_h
-    g += batch * g_stride_b + head * g_stride_h
-    beta += batch * beta_stride_b + head * beta_stride_h
-    out += (batch * length * value_heads + head) * value_dim
-    for _ in range(length):
+    query += batch * query_stride_b + start * query_stride_t + head // ratio * query_stride_h
+    key += batch * key_stride_b + start * key_stride_t + head // ratio * key_stride_h
+    value += batch * value_stride_b + start * value_stride_t + head * value_stride_h
+    g += batch * g_stride_b + start * g_stride_t + head * g_stride_h
+    beta += batch * beta_stride_b + start * beta_stride_t + head * beta_stride_h
+    out += ((batch * length + start) * value_heads + head) * value_dim
+    for _ in range(count):
         q = tl.load(query + i * query_stride_d, mask=in_key, other=0.0).to(tl.float32)
         k = tl.load(key + i * key_stride_d, mask=in_key, other=0.0).to(tl.float32)
         v = tl.load(value + j * value_stride_d, mask=in_value, other=0.0).to(tl.float32)
@@ -150,21 +171,30 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
 
 
 def launch(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    normalise: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """`reference` by the Triton kernel, one launch."""
     out = torch.empty(value.shape, dtype=query.dtype, device=value.device)
     batch, length, value_heads, value_dim = value.shape
     key_heads, key_dim = key.shape[2:]
+    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     block_k = power_of_2(key_dim)
     block_v = min(power_of_2(value_dim), BLOCK_V)
-    _recurrent_gated_delta_rule[(-(-value_dim // block_v), batch * value_heads)](
+    _recurrent_gated_delta_rule[(-(-value_dim // block_v), sequences * value_heads)](
         query,
         key,
         value,
         g,
         beta,
         state,
+        value if cu_seqlens is None else cu_seqlens,
         out,
         length,
         value_heads,
@@ -178,6 +208,7 @@ def launch(
         *g.stride(),
         *beta.stride(),
         *state.stride(),
+        PACKED=cu_seqlens is not None,
         NORMALISE=normalise,
         EPSILON=L2_EPSILON,
         BLOCK_K=block_k,
@@ -187,37 +218,24 @@ def launch(
     return out
 
 
-def check(
-    name: str, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
-) -> None:
-    """Raise where shapes do not belong together."""
-    batch, length, heads, dv = value.shape
-    key_heads, dk = key.shape[2:]
-    if (
-        query.shape != key.shape
-        or key.shape[:2] != (batch, length)
-        or heads % key_heads
-        or not g.shape == beta.shape == (batch, length, heads)
-        or state.shape != (batch, heads, dk, dv)
-    ):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (query, key, value, g, beta, state))
-        raise ShapeError(
-            f"{name} takes query and key [B, T, Hk, dk], value [B, T, HV, dv] with HV a multiple of Hk, "
-            f"g and beta [B, T, HV] and a state [B, HV, dk, dv], not {shapes}"
-        )
-
-
 @torch.library.custom_op("fxfuse::recurrent_gated_delta_rule", mutates_args=("state",))
 def recurrent_gated_delta_rule(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    state: Tensor,
+    normalise: bool,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
     """The rule as one node of a graph, the state in place; shapes and dtypes as in `reference`."""
-    check("recurrent_gated_delta_rule", query, key, value, g, beta, state)
-    run = launch if refusal(query, key, value, g, beta, state) is None else reference
-    return run(query, key, value, g, beta, state, normalise)
+    check("recurrent_gated_delta_rule", query, key, value, g, beta, state, cu_seqlens)
+    run = launch if refusal(query, key, value, g, beta, state, cu_seqlens) is None else reference
+    return run(query, key, value, g, beta, state, normalise, cu_seqlens)
 
 
 @recurrent_gated_delta_rule.register_fake
-def _(query, key, value, g, beta, state, normalise):  # type: ignore[no-untyped-def]
-    check("recurrent_gated_delta_rule", query, key, value, g, beta, state)
+def _(query, key, value, g, beta, state, normalise, cu_seqlens=None):  # type: ignore[no-untyped-def]
+    check("recurrent_gated_delta_rule", query, key, value, g, beta, state, cu_seqlens)
     return query.new_empty(value.shape)

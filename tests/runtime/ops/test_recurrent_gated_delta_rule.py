@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
-from fxfuse.runtime.ops.gated_delta_rule import chunk_gated_delta_rule
+from fxfuse.runtime.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from fxfuse.runtime.ops.recurrent_gated_delta_rule import (
     MAX_KEY_DIM,
     recurrent_gated_delta_rule,
@@ -68,7 +68,7 @@ def test_a_thousand_steps_stay_near_float64() -> None:
 
 def test_wrong_shapes_and_what_the_kernel_does_not_take_are_named() -> None:
     *given, state = inputs(2, 2)
-    with pytest.raises(ValueError, match=r"a state \[B, HV, dk, dv\], not .*\(2, 4, 6, 8\)"):
+    with pytest.raises(ValueError, match=r"a state \[B, HV, dk, dv\], here .* not \(2, 4, 6, 8\)"):
         recurrent_gated_delta_rule(*given, state.mT, True)
     wide = torch.empty(1, 1, 1, MAX_KEY_DIM + 1)
     assert f"key heads of {MAX_KEY_DIM + 1}" in (refusal(wide, wide) or "")
@@ -79,3 +79,9 @@ def test_wrong_shapes_and_what_the_kernel_does_not_take_are_named() -> None:
 def test_the_operator_keeps_torchs_rules(length: int) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         torch.library.opcheck(recurrent_gated_delta_rule, (*inputs(length, 2, dtype), True))
+
+
+def test_packed_sequences_keep_torchs_rules() -> None:
+    *given, state = inputs(5, 2, batch=1)
+    bounds = torch.tensor([0, 2, 2, 5])
+    torch.library.opcheck(recurrent_gated_delta_rule, (*given, state.repeat(3, 1, 1, 1), True, bounds))

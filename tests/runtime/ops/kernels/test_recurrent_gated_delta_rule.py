@@ -51,6 +51,28 @@ def test_it_is_the_reference(
     close(state, exact_state, state_dtype, noise=1e-4)
 
 
+@settings(profile, max_examples=10)
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=4),
+    st.sampled_from([torch.int32, torch.int64]),
+    FLOATS,
+    st.integers(0, 2**20),
+)
+def test_packed_sequences_are_those_alone(
+    make: Any, close: Any, doubled: Any, lengths: list[int], integers: Any, dtype: Any, seed: int
+) -> None:
+    total = sum(lengths)
+    query, key = (make(seed + i, 1, total, 1, 9, dtype=dtype) for i in (0, 1))
+    value = make(seed + 2, 1, total, 2, 37, dtype=dtype)
+    g, beta = -make(seed + 3, 1, total, 2).abs(), make(seed + 4, 1, total, 2, dtype=dtype).sigmoid()
+    state = make(seed + 5, len(lengths), 2, 9, 37)
+    bounds = torch.tensor([0, *lengths]).cumsum(0).to(integers).to(state.device)
+    *rest, exact_state = doubled(query, key, value, g, beta, state)
+    exact = op.reference(*rest, exact_state, True, bounds)
+    close(op.launch(query, key, value, g, beta, state, True, bounds), exact, dtype, noise=1e-4)
+    close(state, exact_state, torch.float32, noise=1e-4)
+
+
 def test_no_token_leaves_the_state_and_zero_keys_give_numbers(make: Any) -> None:
     q, v, g = make(0, 1, 2, 1, 4), make(1, 1, 2, 2, 4), -make(2, 1, 2, 2).abs()
     state = make(3, 1, 2, 4, 4)
