@@ -33,8 +33,8 @@ LIBRARY = frozenset(
         "aten.scaled_dot_product_attention.default",
     }
 )
-# Operators of fxfuse that have no kernel of their own yet.
-REFERENCE = frozenset({"fxfuse.chunk_gated_delta_rule.default"})
+# Operators of fxfuse with more than one kernel.
+SEVERAL = {"fxfuse.chunk_gated_delta_rule.default": 2}
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.sym_")
 
 
@@ -98,14 +98,10 @@ def launches(graph: Graph) -> list[tuple[Node, Launch]]:
             names = tuple(str(n.target).split(".")[1] for n in first[node])
             found.append((node, Launch("inductor", names)))
         elif _is_kernel(node):
-            found.append((node, Launch(_kind(str(node.target)), (str(node.target).split(".")[1],))))
+            target = str(node.target)
+            launch = Launch("library" if target in LIBRARY else "triton", (target.split(".")[1],))
+            found += [(node, launch)] * SEVERAL.get(target, 1)
     return found
-
-
-def _kind(target: str) -> str:
-    if target in LIBRARY:
-        return "library"
-    return "torch, several kernels:" if target in REFERENCE else "triton"
 
 
 def _home(node: Node) -> tuple[int, str] | None:

@@ -107,15 +107,11 @@ def _has_triton() -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """How kernels multiply float32 matrices: to 16 bits for results of half precision, else to all 24.
-
-    Sums of products of bfloat16 parts, which every tensor core has; the interpreter multiplies in float32.
-    """
+    """How kernels multiply float32 matrices: for results of half precision as sums of products of bfloat16
+    parts, 16 bits of each factor, which every tensor core can do; else, and interpreted, in float32."""
     import triton
 
-    if triton.knobs.runtime.interpret:
-        return "ieee"
-    return "bf16x6" if dtype == torch.float32 else "bf16x3"
+    return "ieee" if dtype == torch.float32 or triton.knobs.runtime.interpret else "bf16x3"
 
 
 def power_of_2(n: int) -> int:
