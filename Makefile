@@ -84,8 +84,10 @@ test-nightly: $(NEEDS)  ## the property suites with large numbers; summary in do
 test-oldest: $(STAMP_OLDEST)  ## the fast tests with the oldest supported transformers, in an environment of their own
 	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL) $(ARGS)
 
-test-extras: $(STAMP_EXTRAS)  ## the tests that need third-party libraries (peft, trl), in an environment of their own
-	$(VENV_EXTRAS)/bin/python -m pytest tests/daily/test_adapters.py tests/daily/test_value_head.py $(ARGS)
+EXTRAS = adapters value_head trainers quantised_libraries processors
+
+test-extras: $(STAMP_EXTRAS)  ## the tests that need third-party libraries (PEFT, TRL, bitsandbytes, ...)
+	$(VENV_EXTRAS)/bin/python -m pytest $(EXTRAS:%=tests/daily/test_%.py) $(ARGS)
 
 test-gpu: $(NEEDS)  ## the tests that need a CUDA device
 	$(RUN) -m pytest -m gpu $(ARGS)

@@ -17,6 +17,7 @@ from torch import nn
 from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.errors import FxfuseError, UnsupportedModelError
@@ -94,6 +95,8 @@ def _compiled(
     if why is not None and session.report.note(why):
         log.warning(why)
     program = _program(graph_module, inputs, options, session)
+    if capture.untraced_parts(program.graph_module):
+        return _left_as_it_was(graph_module, inputs, options, session)
     target = options.target_for(inputs)
     passes = pipeline.selected(options.passes, chosen_inner, target)
     before = len(program.graph.nodes)
@@ -126,6 +129,22 @@ def _compiled(
     if options.verify:
         return verified(call, graph_module.forward, record, options.strict, session.report)
     return call
+
+
+def _left_as_it_was(
+    graph_module: GraphModule, inputs: list[Any], options: Options, session: Session
+) -> Callable[..., Any]:
+    kinds = sorted({type(x).__name__ for x in inputs if is_traceable_wrapper_subclass(x)})
+    reason = (
+        f"a graph runs as it was: its weights are of the tensor subclass {', '.join(kinds) or '(unknown)'}, "
+        "whose parts cannot be traced; load the model without that quantisation to have it rewritten"
+    )
+    if options.strict:
+        raise UnsupportedModelError(reason)
+    if session.report.note(reason):
+        log.warning("%s", reason)
+    session.report.failures += 1
+    return graph_module.forward
 
 
 def _program(graph_module: GraphModule, inputs: list[Any], options: Options, session: Session) -> Program:

@@ -40,6 +40,15 @@ def fake_inputs(graph_module: GraphModule, example_inputs: Sequence[Input]) -> l
     return [fake(n, v) for n, v in zip(placeholders(graph_module), example_inputs, strict=True)]
 
 
+def untraced_parts(graph_module: GraphModule) -> list[str]:
+    """Fakes that a trace kept as constants, as of the parts of a tensor subclass: such a graph cannot run."""
+    return [
+        str(node.target)
+        for node in graph_module.graph.find_nodes(op="get_attr")
+        if isinstance(getattr(graph_module, str(node.target), None), FakeTensor)
+    ]
+
+
 def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
     """The mode that the fakes belong to; Dynamo's own differs where it was given fakes to begin with."""
     return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
