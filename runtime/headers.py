@@ -58,6 +58,8 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
     Raises CheckpointError, naming the file, when one is missing or damaged, lies elsewhere, or disagrees with
     the index.
     """
+    if not os.path.isdir(directory):
+        raise CheckpointError(f"{directory}: not a directory; give the directory that holds the weights")
     index = directory / INDEX
     # a link to nothing is an index that cannot be read, not one that is absent
     weight_map = _weight_map(index) if os.path.lexists(index) else None

@@ -17,6 +17,7 @@ from fxfuse.runtime.headers import read_plan, read_tensors
 from fxfuse.runtime.materialise import Materialised
 from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin, plan_of_tensors
 from fxfuse.runtime.recognise import back_through, bare, way_back
+from fxfuse.runtime.safetensors_file import read_entries
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
 # tensors of which a model has no parameter unless it says so: transformers leaves them out on load, too
@@ -40,8 +41,8 @@ def load_state_dict(
 
     Args:
         model: a transformers model of a known family.
-        path_or_dict: a checkpoint directory, or tensors by name; `model.` and `model.language_model.` are
-            one.
+        path_or_dict: a checkpoint directory, one safetensors file, or tensors by name; `model.` and
+            `model.language_model.` are one.
         layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out.
 
     Raises:
@@ -56,13 +57,17 @@ def load_state_dict(
     model = inner_model(model)
     own = plain_tensors(model, buffers=True)
     if isinstance(path_or_dict, Mapping):
+        others = [name for name, tensor in path_or_dict.items() if not isinstance(tensor, torch.Tensor)]
+        if others:
+            raise CheckpointError(f"{', '.join(others)}: no tensors; give tensors by name")
         specs = {name: TensorSpec(name, tuple(t.shape), str(t.dtype)) for name, t in path_or_dict.items()}
         _load(model, own, _FromDict(path_or_dict, _back(model, own, specs, layout)))
         return
     directory = Path(path_or_dict)
-    entries = read_tensors(directory)
+    is_file = os.path.isfile(directory)
+    entries = {e.spec.name: e for e in read_entries(directory)} if is_file else read_tensors(directory)
     check_scales(entries)
-    if read_plan(directory) is not None:
+    if not is_file and read_plan(directory) is not None:
         back = plan_and_origin(directory, "hf")[0]
     else:
         back = _back(model, own, {name: entry.spec for name, entry in entries.items()}, layout)

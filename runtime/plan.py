@@ -81,8 +81,10 @@ def plan_and_origin(
     source: Any, layout: str, tp: tuple[int, int] | None = None
 ) -> tuple[WeightPlan, WeightPlan]:
     """`plan`, and the plan to the same tensors from transformers' layout; raises what it raises."""
-    if layout not in _STEPS:
+    if not isinstance(layout, str) or layout not in _STEPS:
         raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
+    if tp is not None and (not isinstance(tp, tuple | list) or len(tp) != 2):
+        raise PlanError(f"tp={tp!r}: give (rank, world) with 0 <= rank < world")
     subject = _inspect(source)
     layers = Decoder(subject.family, Geometry(), subject.tensors).of_layers()
     check_formats((spec for _, layer in layers for spec in layer.values()), scheme_of(subject.config))

@@ -154,7 +154,7 @@ class WeightPlan:
         """The plan that `to_json` wrote; raises PlanError for any other text, version or faulty plan."""
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PlanError(f"not the JSON of a weight plan: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise PlanError(f"not a weight plan: its format field must be {FORMAT!r}")

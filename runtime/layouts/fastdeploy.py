@@ -20,25 +20,31 @@ from fxfuse.runtime.layouts.tensor_parallel import check_rank
 
 SHARDS = ("qkv", "gate", "q", "k", "v", "split_q_gate")
 PARAMETER = "self_attn.qkv_gate_proj.weight"
+BIAS = "self_attn.qkv_gate_proj.bias"
 
 _PARTS = ("q", "k", "v", "gate")
 
 
 def to_fastdeploy(decoder: Decoder) -> list[Transform]:
-    """q_proj, k_proj and v_proj of each attention layer as one parameter; PlanError if one is missing."""
+    """q_proj, k_proj and v_proj of each attention layer as one parameter; PlanError if one is missing.
+
+    Biases are merged in the same order.
+    """
     transforms = []
     for layer, tensors in decoder.of_layers():
-        found = {
-            shard: tensors[name]
-            for shard, name in (
-                ("split_q_gate", "self_attn.q_proj.weight"),
-                ("k", "self_attn.k_proj.weight"),
-                ("v", "self_attn.v_proj.weight"),
-            )
-            if name in tensors
-        }
-        if found:
-            transforms.append(merged(layer + PARAMETER, found, decoder.geometry))
+        for parameter in (PARAMETER, BIAS):
+            leaf = parameter.rpartition(".")[2]
+            found = {
+                shard: tensors[name]
+                for shard, name in (
+                    ("split_q_gate", f"self_attn.q_proj.{leaf}"),
+                    ("k", f"self_attn.k_proj.{leaf}"),
+                    ("v", f"self_attn.v_proj.{leaf}"),
+                )
+                if name in tensors
+            }
+            if found:
+                transforms.append(merged(layer + parameter, found, decoder.geometry))
     return transforms
 
 
@@ -54,7 +60,8 @@ def merged(
     """The parameter of one rank, from whole shards by id in any order.
 
     Args:
-        name: of the parameter, which has shape [H, out] or, unless `stored_transposed`, [out, H].
+        name: of the parameter, which has shape [H, out] or, unless `stored_transposed`, [out, H]; that of a
+            bias has [out].
         shards: of shape [out, H], or [H, out] for the ids in `shards_transposed`.
         geometry: of the whole model.
 
@@ -87,6 +94,8 @@ def merged(
         if found != expected:
             raise PlanError(f"{spec}: shard {shard!r} has {expected} rows by the config, not {found}")
     dtype = next(iter(shards.values())).dtype
+    if all(len(spec.shape) == 1 for spec in shards.values()):
+        return Transform(TensorSpec(name, (out,), dtype), rows)
     if not stored_transposed:
         return Transform(TensorSpec(name, (out, width), dtype), rows)
     turned = [RowMap((_turned(block, width),)) for block in rows.segments]

@@ -152,6 +152,14 @@ def test_tensors_whose_values_cannot_be_had_are_refused_before_the_first_is_copi
         assert equal(model, before)
 
 
+@pytest.mark.parametrize("layout", ["hf", "sglang"])
+def test_one_file_without_a_config_is_enough(make_model: Make, layout: str, tmp_path: Path) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    convert(save(tmp_path / "hf", other), tmp_path / "there", layout)
+    fxfuse.load_state_dict(model, tmp_path / "there" / "model.safetensors")
+    assert equal(model, other.state_dict())
+
+
 def test_other_floats_are_rounded(make_model: Make) -> None:
     model, other = make_model(seed=0), make_model(seed=1)
     given = {n: t.to(torch.bfloat16) for n, t in other.state_dict().items()}
@@ -167,6 +175,10 @@ def test_what_is_asked_wrongly_is_refused(make_model: Make, tmp_path: Path) -> N
         fxfuse.load_state_dict(model, model.state_dict(), layout="fused")
     with pytest.raises(CheckpointError, match=r"no model\.safetensors\.index"):
         fxfuse.load_state_dict(model, tmp_path)
+    with pytest.raises(CheckpointError, match="nowhere: not a directory"):
+        fxfuse.load_state_dict(model, tmp_path / "nowhere")
+    with pytest.raises(CheckpointError, match="a, b: no tensors"):
+        fxfuse.load_state_dict(model, {"a": 3, "b": "x"})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match="the model is unchanged"):
         fxfuse.load_state_dict(model.to("meta"), {})
     assert all(p.is_meta for p in model.parameters())

@@ -215,9 +215,12 @@ def test_a_part_of_a_fused_checkpoint_is_in_no_layout(narrow: Any, tmp_path: Pat
 def test_unknown_names_are_refused_with_the_known_ones(narrow: Any) -> None:
     with pytest.raises(PlanError, match="layout 'sideways' is not known; known are: hf, fused"):
         plan(narrow.configs["dense"], "sideways")
-    for tp in ((2, 2), (-1, 2), (0, 0), (0, True)):
+    for layout in (None, 3, ["hf"]):
+        with pytest.raises(PlanError, match="is not known; known are: hf, fused"):
+            plan(narrow.configs["dense"], layout)  # type: ignore[arg-type]
+    for tp in ((2, 2), (-1, 2), (0, 0), (0, True), (0, 1, 2), 2, "02", (0.0, 2)):
         with pytest.raises(PlanError, match="with 0 <= rank < world"):
-            plan(narrow.configs["dense"], tp=tp)
+            plan(narrow.configs["dense"], tp=tp)  # type: ignore[arg-type]
     with pytest.raises(
         UnsupportedModelError, match=r"model_type 'llama'; known are: qwen3_5_text, qwen3_5, "
     ):

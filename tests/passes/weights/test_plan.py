@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -313,8 +314,8 @@ def test_json_that_is_no_plan_is_refused(change) -> None:  # type: ignore[no-unt
         WeightPlan.from_json(json.dumps(change(json.loads(gate_up().to_json()))))
 
 
-@pytest.mark.parametrize("text", ["", "{", "null", "[" * 100_000, "NaN", '"fxfuse.weight_plan"'])
-def test_text_that_is_no_plan_is_refused(text: str) -> None:
+@pytest.mark.parametrize("text", [None, "", "{", "null", "[" * 100_000, "NaN", '"fxfuse.weight_plan"'])
+def test_text_that_is_no_plan_is_refused(text: Any) -> None:
     with pytest.raises(PlanError):
         WeightPlan.from_json(text)
 

@@ -167,6 +167,27 @@ def test_every_row_is_where_the_formula_puts_it(layout: Formula, r: int, world: 
             assert torch.equal(got[name], expected), (name, rank)
 
 
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_biases_stand_in_the_order_of_their_rows(world: int) -> None:
+    config = Qwen3_5TextConfig(**SIZES, linear_num_value_heads=KEYS, attention_bias=True)
+    weights = numbered(config)
+    q, k, v = (weights[f"{ATTENTION}{n}_proj.bias"] for n in "qkv")
+    for rank in range(world):
+        own = Rank(rank, world, 1)
+        tp = (rank, world)
+        keys = k[own.key_value()], v[own.key_value()]
+        got = {
+            layout: fxfuse.plan(config, layout, tp=tp).apply(weights) for layout in ("sglang", "fastdeploy")
+        }
+        expected = torch.cat([q[own.query()], *keys])
+        assert torch.equal(got["sglang"][LAYER + "qkv_proj.bias"], expected)
+        expected = torch.cat([q[own.query(gate=False)], *keys, q[own.query(gate=True)]])
+        assert torch.equal(got["fastdeploy"][ATTENTION + "qkv_gate_proj.bias"], expected)
+        # the sum over ranks adds it once, so every rank has it whole
+        assert torch.equal(got["sglang"][LAYER + "o_proj.bias"], weights[ATTENTION + "o_proj.bias"])
+        assert not [name for name in got["fastdeploy"] if name.endswith(("q_proj.bias", "v_proj.bias"))]
+
+
 @pytest.mark.parametrize("r", [1, 2, 3, 4, 8])
 def test_the_rows_of_qwen3_next_are_parted_again(r: int) -> None:
     config = Qwen3NextConfig(**SIZES, **EXPERTS, linear_num_value_heads=KEYS * r)
