@@ -38,7 +38,8 @@ def ends_of(conv: Node) -> Iterator[Node]:
     after, waiting = {conv}, [conv]
     while waiting:
         for user in waiting.pop().users:
-            alone = user not in after and after.issuperset(user.all_input_nodes)
+            tensors = [n for n in user.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+            alone = user not in after and after.issuperset(tensors)
             if alone and (user.target is getitem or str(user.target) in readings.AFTER_CONVOLUTION):
                 after.add(user)
                 waiting.append(user)

@@ -24,7 +24,7 @@ class FormulaRule:
     Attributes:
         arguments: names of variables and scalars of the formula, in the order of the operator's.
         constants: further arguments of the operator.
-        refuse: a reason to leave what the formula was bound to alone, or None.
+        suits: whether what the formula was bound to is an occurrence at all.
     """
 
     name: str
@@ -32,7 +32,7 @@ class FormulaRule:
     target: str
     arguments: tuple[str, ...]
     constants: tuple[Any, ...] = ()
-    refuse: Callable[[Bound], str | None] = lambda bound: None
+    suits: Callable[[Bound], bool] = lambda bound: True
 
     def run(self, program: Program) -> Outcome:
         """Rewrite from the graph's end, where the widest occurrences begin."""
@@ -81,6 +81,7 @@ class FormulaRule:
             isinstance(value, torch.Tensor)
             and value.dtype == first.dtype
             and equal_sizes(value.shape, first.shape)
+            and self.suits(bound)
         )
 
     def _reason(
@@ -88,7 +89,7 @@ class FormulaRule:
     ) -> tuple[Node, str] | None:
         operands = self._operands(bound)
         values = (o.meta["val"] if isinstance(o, Node) else o for o in operands)
-        why = self.refuse(bound) or unsupported(self.target, *values)
+        why = unsupported(self.target, *values)
         if why is not None:
             return node, why
         dtype = node.meta["val"].dtype

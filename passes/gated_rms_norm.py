@@ -6,6 +6,17 @@ After:  y = gated_rms_norm(x, gate, w, eps)
 """
 
 from fxfuse.passes.formula_rule import FormulaRule
+from fxfuse.passes.outcome import Outcome
+from fxfuse.passes.program import Program
+from fxfuse.passes.reshapes_after import reshape_after
 from fxfuse.patterns import idioms
 
 RULE = FormulaRule("gated_rms_norm", idioms.GATED_RMS_NORM, "gated_rms_norm", ("x", "gate", "weight", "eps"))
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite every gated norm; where x and gate are both made rows of, that is done afterwards."""
+    outcome = RULE.run(program)
+    if outcome.matches:
+        reshape_after(program, "fxfuse.gated_rms_norm.default", keeps_last=True)
+    return outcome

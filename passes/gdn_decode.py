@@ -203,7 +203,7 @@ def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> An
             values[found.state],
             reading.eps,
         )
-        return [out.reshape(shape)]
+        return [out.reshape(-1, *shape[1:])]
 
     return run
 

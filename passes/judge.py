@@ -1,12 +1,12 @@
 """Whether a call computes what a part of a graph does: both are run in float64 on the same random values.
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
-at two magnitudes, so that epsilons count. Sizes that vary get primes.
+at two magnitudes, so that epsilons count. Sizes that vary get primes, and so does a batch that is too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -64,15 +64,53 @@ class Judge:
         given: Callable[[Node, Sequence[int]], Tensor | None],
     ) -> bool:
         with unset_fake_temporarily(), torch.no_grad():
+            batch = _large_batch(region)
             for trial, magnitude in enumerate(MAGNITUDES):
-                inputs = _drawn(region, TRIALS[trial], magnitude, trial, given)
+                fewer = Fewer(batch, TRIALS[trial][0])
+                inputs = _drawn(region, TRIALS[trial], magnitude, trial, given, fewer)
                 theirs, ours = _copied(inputs), _copied(inputs)
-                values = run(region, theirs)
+                values = run(region, theirs, fewer)
                 expected = [values[node] for node in outputs] + [theirs[s] for s in states]
                 got = [*candidate(ours), *(ours[s] for s in states)]
                 if not all(_close(e, g) for e, g in zip(expected, got, strict=True)):
                     return False
         return True
+
+
+class Fewer(NamedTuple):
+    """`few` sequences are run instead of a batch; all of them where that is None."""
+
+    batch: int | None = None
+    few: int = 0
+
+    def size(self, size: Any) -> Any:
+        return self.few if size == self.batch else size
+
+    def shape(self, value: Any) -> Any:
+        """A list of sizes, of which the first may be the batch; any other argument as it is."""
+        if self.batch is None or not isinstance(value, (list, tuple)) or not value:
+            return value
+        return [self.size(value[0]) if type(value[0]) is int else value[0], *value[1:]]
+
+    def check(self, node: Node, value: Any) -> None:
+        """Raise Refused where a value is no batch of fewer sequences."""
+        expected = node.meta.get("val")
+        if self.batch is None or not isinstance(expected, Tensor):
+            return
+        wanted = [self.size(size) if i == 0 else size for i, size in enumerate(expected.shape)]
+        if len(wanted) != value.dim() or any(
+            type(a) is int and a != b for a, b in zip(wanted, value.shape, strict=True)
+        ):
+            raise Refused(node, f"{node.name} is too large to run it and compare")
+
+
+def _large_batch(region: Sequence[Node]) -> int | None:
+    """The first size of an input with too many elements."""
+    for node in read_by(region):
+        shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
+        if len(shape) > 1 and all(type(n) is int for n in shape) and prod(shape) > MOST_ELEMENTS:
+            return int(shape[0])
+    return None
 
 
 def _close(expected: Tensor, got: Tensor) -> bool:
@@ -92,6 +130,7 @@ def _drawn(
     magnitude: float,
     seed: int,
     given: Callable[[Node, Sequence[int]], Tensor | None],
+    fewer: Fewer,
 ) -> Values:
     sizes: dict[Any, int] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -102,6 +141,7 @@ def _drawn(
             values[node] = _concrete(value, sizes, primes)
             continue
         shape = [_concrete(size, sizes, primes) for size in value.shape]
+        shape = fewer.shape(shape) if len(shape) > 1 else shape
         drawn = given(node, shape)
         if drawn is None and prod(shape) > MOST_ELEMENTS:
             raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
@@ -122,13 +162,19 @@ def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
     return int(expression.subs(sizes))
 
 
-def run(region: Sequence[Node], values: Mapping[Node, Any]) -> Values:
+def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer | None = None) -> Values:
     """The region's values in float64 on a CPU; writes go to the values given."""
-    known = dict(values)
+    known, fewer = dict(values), fewer or Fewer()
     for node in region:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
-        args, kwargs = map_aggregate((args, kwargs), _exact)
-        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        args, kwargs = map_aggregate((tuple(map(fewer.shape, args)), kwargs), _exact)
+        try:
+            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        except RuntimeError as error:
+            if fewer.batch is None:
+                raise
+            raise Refused(node, f"{node.name} is too large to run it and compare") from error
+        fewer.check(node, known[node])
     return known
 
 

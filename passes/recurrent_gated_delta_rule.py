@@ -21,7 +21,7 @@ from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by, writers_of
-from fxfuse.passes.storage_writes import equal_sizes
+from fxfuse.passes.storage_writes import equal_sizes, storage_of, written_by
 from fxfuse.patterns import idioms, ops, readings
 from fxfuse.patterns.formula import Formula
 from fxfuse.patterns.matcher import is_cast, matches
@@ -128,10 +128,12 @@ def _bound(formula: Formula, node: Node, name: str) -> Node | None:
 
 def _dependents(state: Node) -> set[Node]:
     """What is computed from a state up to the next linear, or to an operator that has a name already."""
-    found = {state}
+    found, memory = {state}, set()
     for node in state.graph.nodes:
-        if any(n in found for n in node.all_input_nodes) and _is_unnamed(node):
+        reads = any(n in found or storage_of(n) in memory for n in node.all_input_nodes)
+        if reads and _is_unnamed(node):
             found.add(node)
+            memory |= {storage_of(n) for n in written_by(node)} - {storage_of(state), None}
     return found - {state}
 
 
@@ -191,7 +193,7 @@ def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> An
     def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
         given = [_value_placed(values[n], i < 3) for i, n in enumerate(reading.operands)]
         out = torch.ops.fxfuse.recurrent_gated_delta_rule(*given, values[found.state], reading.normalise)
-        return [out.reshape(shape)]
+        return [out.reshape(-1, *shape[1:])]
 
     return run
 
@@ -213,15 +215,13 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     if first is None:
         return None
     core = (set(behind([first], ())) | before) & dependents
-    inputs = {n for node in core for n in node.all_input_nodes if n not in core}
     refused: Refused | None = None
     for result in reversed(results):
-        region = behind([result, found.write], inputs, writers)
-        tensors = {n for n in read_by(region) if isinstance(n.meta.get("val"), Tensor)}
-        if found.new not in region or tensors - inputs - {found.state}:
-            continue
-        for reading in readings_of(found, first, core):
+        for reading in readings_of(found, result, core):
             whole = behind([result, found.write], set(reading.operands), writers)
+            tensors = {n for n in read_by(whole) if isinstance(n.meta.get("val"), Tensor)}
+            if found.new not in whole or tensors - {*reading.operands, found.state}:
+                continue
             reason = _reason(guards, judge, found, result, whole, reading)
             if reason is None:
                 return whole, result, reading

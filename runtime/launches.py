@@ -20,17 +20,25 @@ from torch.fx import Graph, Node
 from fxfuse.passes.program import module_path
 from fxfuse.passes.storage_writes import written_by
 
-# Kernels of libraries; the operators of fxfuse are Triton kernels.
+# Kernels of libraries, and those of torch that Inductor does not generate; the operators of fxfuse are Triton
+# kernels.
 LIBRARY = frozenset(
     {
+        "aten._grouped_mm.default",
         "aten.addmm.default",
         "aten.baddbmm.default",
         "aten.bmm.default",
         "aten.conv1d.default",
+        "aten.histc.default",
+        "aten.index_put.default",
+        "aten.index_put_.default",
         "aten.linear.default",
         "aten.matmul.default",
         "aten.mm.default",
         "aten.scaled_dot_product_attention.default",
+        "aten.sort.default",
+        "aten.sort.stable",
+        "aten.topk.default",
     }
 )
 # Operators of fxfuse with more than one kernel.

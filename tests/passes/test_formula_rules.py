@@ -167,6 +167,21 @@ def test_what_is_not_quite_the_idiom_stays(name: str) -> None:
     assert calls(found) == []
 
 
+def test_a_gated_norm_of_rows_is_one_of_the_heads_that_they_are() -> None:
+    def function(x: Tensor, z: Tensor, w: Tensor) -> Tensor:
+        rows, gates = (t[..., 1:-1, :].reshape(-1, H) for t in (x, z))
+        return (w * norm(rows) * F.silu(gates)).reshape(2, -1)
+
+    found = rewrite_and_compare(function, inputs_of(2))
+    (gated,) = (n for n in found.graph_module.graph.nodes if "gated_rms_norm" in str(n.target))
+    assert ["reshape" in str(n.target) for n in gated.args[:2]] == [False, False]
+
+
+def test_one_gate_for_a_whole_row_is_not_even_a_candidate() -> None:
+    found = rewrite_and_compare(lambda x, g, w: x * torch.sigmoid(g[..., :1]), inputs_of(2))
+    assert not found.report.misses
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [(read_twice, "is used by output outside"), (written_between, "writes to what the computation reads")],

@@ -1,6 +1,7 @@
 """What the tests of the runtime have in common; tiny models are in tests/conftest.py."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,26 @@ from transformers import (
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
+    Qwen3NextForCausalLM,
 )
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet(quiet: None) -> None:
     pass
+
+
+@pytest.fixture(scope="session")
+def make_next(hybrid: dict[str, Any]) -> Callable[..., Any]:
+    """An untrained Qwen3-Next, whose projections are interleaved by groups of three value heads; dense."""
+
+    def make(**config: Any) -> Any:
+        torch.manual_seed(0)
+        heads = {"linear_value_head_dim": 8, "linear_num_value_heads": 6, "mlp_only_layers": [0, 1]}
+        given = {**hybrid, **heads, "num_experts": 0, **config}
+        return Qwen3NextForCausalLM(Qwen3NextConfig(**given)).eval()
+
+    return make
 
 
 # --- checkpoints whose widths are all different, for plans and conversions

@@ -1,13 +1,23 @@
 """Kernels per layer of graphs that are lowered for cuda, counted at the widths of released models."""
 
+from collections import Counter
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+from transformers import (
+    Qwen3_5ForCausalLM,
+    Qwen3_5MoeForCausalLM,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+    Qwen3NextForCausalLM,
+    StaticCache,
+)
 
 import fxfuse
+from fxfuse.passes import pipeline
 from fxfuse.passes.program import Program
 from fxfuse.runtime.launches import Block, blocks_of, launches
 from fxfuse.runtime.options import Options
@@ -35,26 +45,93 @@ WIDTHS: dict[str, dict[str, int]] = {
 MOST = {"linear_attn": 4, "self_attn": 6, "mlp": 4}
 
 
-def decode_blocks(**config: Any) -> tuple[fxfuse.Report, list[Block]]:
+EXPERTS = {  # of 35B-A3B
+    "num_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+}
+WIDE = {
+    "hidden_size": 2048,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 2,
+    "linear_num_value_heads": 32,
+}
+
+
+def decode_blocks(
+    model: type[Any], config: type[Any], passes: Any = "default", **widths: Any
+) -> tuple[fxfuse.Report, list[Block]]:
     heads = {"head_dim": 256, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
     layers = {"num_hidden_layers": len(LAYERS), "layer_types": list(LAYERS), "vocab_size": 512}
     with torch.device("meta"):
-        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**heads, **layers, **config)).to(torch.bfloat16).eval()
-    report = fxfuse.explain(model, target="cuda", inner="eager")
+        built = model(config(**heads, **layers, **widths)).to(torch.bfloat16).eval()
+    report = fxfuse.explain(built, target="cuda", inner="eager", passes=passes)
     return report, report.graphs[-1].launches
+
+
+def assert_few(blocks: list[Block], most: dict[str, int]) -> None:
+    """No kind of block launches more than it may, and a step of Gated DeltaNet is one of its launches."""
+    for kind, count in most.items():
+        of_kind = [block for block in blocks if block.kind == kind]
+        assert [n for block in of_kind for n in block.layers], f"no block is {kind}"
+        assert all(len(block.launches) <= count for block in of_kind), "\n".join(map(str, of_kind))
+    names = [launch.names for block in blocks for launch in block.launches if block.kind == "linear_attn"]
+    assert ("gdn_decode",) in names, "no launch is gdn_decode"
 
 
 @pytest.mark.parametrize("size", WIDTHS)
 def test_a_decoded_token_takes_few_launches(size: str) -> None:
-    report, blocks = decode_blocks(**WIDTHS[size])
+    report, blocks = decode_blocks(Qwen3_5ForCausalLM, Qwen3_5TextConfig, **WIDTHS[size])
     assert not report.misses
-    for kind, most in MOST.items():
-        of_kind = [block for block in blocks if block.kind == kind]
-        assert [n for block in of_kind for n in block.layers], f"no block is {kind}"
-        assert all(len(block.launches) <= most for block in of_kind), "\n".join(map(str, of_kind))
-    names = [launch.names for block in blocks for launch in block.launches if block.kind == "linear_attn"]
-    assert ("gdn_decode",) in names
+    assert_few(blocks, MOST)
     assert "triton gdn_decode" in str(report)
+
+
+def test_interleaved_projections_cost_no_launch() -> None:
+    _, blocks = decode_blocks(
+        Qwen3NextForCausalLM, Qwen3NextConfig, **WIDE, intermediate_size=512, mlp_only_layers=[0, 1, 2, 3]
+    )
+    assert_few(blocks, MOST)
+
+
+def test_a_mixture_of_experts_has_the_same_mixers_and_takes_what_torch_takes_to_route() -> None:
+    report, blocks = decode_blocks(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, **WIDE, **EXPERTS)
+    assert not report.misses
+    assert_few(blocks, {**MOST, "mlp": 21})
+    (block,) = (block for block in blocks if block.kind == "mlp")
+    kernels = [name for launch in block.launches for name in launch.names if launch.kind != "inductor"]
+    assert Counter(kernels)["_grouped_mm"] == 2 and Counter(kernels)["silu_mul"] == 2
+
+
+def test_the_count_fails_where_the_step_is_not_one_launch() -> None:
+    names = [p.name for p in pipeline.selected("default", "eager", "cuda") if p.name != "gdn_decode"]
+    _, blocks = decode_blocks(Qwen3_5ForCausalLM, Qwen3_5TextConfig, passes=names, **WIDTHS["0.8B"])
+    with pytest.raises(AssertionError, match="linear_attn × 2: 7 launches"):
+        assert_few(blocks, MOST)
+    with pytest.raises(AssertionError, match="no launch is gdn_decode"):
+        assert_few(blocks, {**MOST, "linear_attn": 7})
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "interleaved"])
+def test_a_batch_takes_no_more_launches_than_one_sequence(
+    kind: str, make_model: Any, make_next: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Program] = []
+    apply = pipeline.apply
+
+    def recording(*args: Any) -> Any:
+        result = apply(*args)
+        seen.append(result[0])
+        return result
+
+    monkeypatch.setattr(pipeline, "apply", recording)
+    model = (make_model if kind == "contiguous" else make_next)().optimize(inner="eager", target="cuda")
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    for length in (3, 1):
+        with torch.no_grad():
+            model(torch.ones(4, length, dtype=torch.long), past_key_values=cache, use_cache=True)
+    assert_few(blocks_of(seen[-1].graph), MOST)
 
 
 def test_pointwise_calls_that_feed_each_other_are_one_launch_and_views_are_none() -> None:

@@ -12,31 +12,18 @@ import fxfuse
 GENERATE = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
 
 
-@pytest.fixture()
-def twins() -> tuple[Any, Any]:
-    def make() -> Any:
-        torch.manual_seed(0)
-        config = Qwen3NextConfig(
-            vocab_size=300,
-            hidden_size=64,
-            intermediate_size=96,
-            num_hidden_layers=2,
-            layer_types=["linear_attention", "full_attention"],
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            linear_key_head_dim=16,
-            linear_value_head_dim=8,
-            linear_num_key_heads=2,
-            linear_num_value_heads=6,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=32,
-            shared_expert_intermediate_size=32,
-        )
-        return Qwen3NextForCausalLM(config).eval()
+SPARSE = {
+    "mlp_only_layers": [],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "shared_expert_intermediate_size": 32,
+}
 
-    return make(), make()
+
+@pytest.fixture()
+def twins(make_next: Callable[..., Any]) -> tuple[Any, Any]:
+    return make_next(**SPARSE), make_next(**SPARSE)
 
 
 @pytest.mark.parametrize("weights", ["auto", "copy"])

@@ -7,17 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from transformers import DynamicCache, Qwen3NextConfig, Qwen3NextForCausalLM, StaticCache
+from torch import Tensor, nn
+from transformers import DynamicCache, Qwen3_5ForCausalLM, StaticCache
 
 import fxfuse
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Program
+from fxfuse.runtime.launches import blocks_of
+from fxfuse.runtime.shapes import text_config
+from fxfuse.testing import assert_equivalent
 
 Make = Callable[..., Any]
 CACHES = {
     "dynamic": lambda model: DynamicCache(config=model.config),
-    "static": lambda model: StaticCache(config=model.config, max_cache_len=40),
+    "static": lambda model: StaticCache(config=model.config, max_cache_len=96),
 }
 
 
@@ -54,10 +57,12 @@ def operators(program: Program) -> Counter[str]:
     return Counter(name.split(".")[1] for name in names if name.startswith("fxfuse."))
 
 
-def assert_equal_steps(model: Any, cache: str, prompt: Tensor, mask: Tensor | None = None) -> None:
+def assert_equal_steps(
+    model: Any, cache: str, prompt: Tensor, mask: Tensor | None = None, passes: Any = "default"
+) -> None:
     plain = copy.deepcopy(model)
     expected = steps(plain, CACHES[cache](plain), prompt, mask)
-    fxfuse.optimize(model, inner="eager", target="cuda")
+    fxfuse.optimize(model, inner="eager", target="cuda", passes=passes)
     got = steps(model, CACHES[cache](model), prompt, mask)
     assert model.optimization_report.calls == len(got)
     for e, g in zip(expected, got, strict=True):
@@ -80,30 +85,82 @@ def test_the_lowered_graphs_compute_what_the_model_does(
     assert not model.optimization_report.misses
 
 
-def test_interleaved_projections_are_read_where_they_lie(ids: Tensor, graphs: list[Program]) -> None:
-    torch.manual_seed(0)
-    config = Qwen3NextConfig(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        layer_types=["linear_attention", "full_attention"],
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=32,
-        linear_key_head_dim=16,
-        linear_value_head_dim=8,
-        linear_num_key_heads=2,
-        linear_num_value_heads=6,
-        mlp_only_layers=[0, 1],
-        num_experts=0,
-    )
-    assert_equal_steps(Qwen3NextForCausalLM(config).eval(), "dynamic", ids)
+def test_interleaved_projections_are_read_where_they_lie(
+    make_next: Make, ids: Tensor, graphs: list[Program]
+) -> None:
+    assert_equal_steps(make_next(), "dynamic", ids)
     (decode,) = (g for g in graphs if operators(g)["gdn_decode"])
     (step,) = decode.calls("fxfuse.gdn_decode.default")
     row = next(n for n in decode.calls("aten.linear.default") if n.meta["val"].shape[-1] > 64)
     storage = row.meta["val"].untyped_storage()._cdata
     assert all(n.meta["val"].untyped_storage()._cdata == storage for n in step.args[:6])
+
+
+WITHOUT_THE_WHOLE_STEP = [
+    p.name for p in pipeline.selected("default", "eager", "cuda") if p.name != "gdn_decode"
+]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_parts_of_a_step_are_lowered_where_the_whole_is_not(
+    make_model: Make, ids: Tensor, cache: str, graphs: list[Program]
+) -> None:
+    model = make_model()
+    assert_equal_steps(model, cache, ids, passes=WITHOUT_THE_WHOLE_STEP)
+    decode = operators(graphs[1])
+    parts = ("causal_conv1d_update", "gdn_gates", "recurrent_gated_delta_rule", "gated_rms_norm")
+    assert [decode[name] for name in parts] == [1, 1, 1, 1]
+    assert not model.optimization_report.misses
+    (block,) = (b for b in blocks_of(graphs[1].graph) if b.kind == "linear_attn")
+    assert len(block.launches) == 7, block
+
+
+def test_heads_that_fit_no_program_are_decoded_by_parts(
+    make_model: Make, ids: Tensor, graphs: list[Program]
+) -> None:
+    model = make_model(linear_key_head_dim=136, linear_value_head_dim=136)
+    assert_equal_steps(model, "static", ids)
+    assert operators(graphs[1])["recurrent_gated_delta_rule"] == 1
+    (miss,) = model.optimization_report.misses
+    assert "a state of 136 x 136 does not fit the registers" in miss.reason
+
+
+class Steps(nn.Module):
+    """Logits of a prompt, of two tokens one by one and of several at once, and the states after them."""
+
+    def __init__(self, model: nn.Module, cache: str) -> None:
+        super().__init__()
+        self.model, self.cache, self.config = model, cache, model.config
+
+    def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
+        cache, logits, start = CACHES[self.cache](self.model), [], 0
+        for length in (70, 1, 1, 5):
+            given = ids[:, start : start + length]
+            logits.append(self.model(given, past_key_values=cache, use_cache=True).logits)
+            start += length
+        return *logits, *(tensor(layer.recurrent_states) for layer in cache.layers[:3])
+
+
+def tensor(states: Any) -> Tensor:
+    """A layer's state, which transformers keeps by number since 5.18."""
+    return states if isinstance(states, Tensor) else states[0]
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_lowered_graphs_in_bfloat16_are_no_less_exact_than_eager(cache: str) -> None:
+    torch.manual_seed(0)
+    plain = Qwen3_5ForCausalLM(text_config("0.8b", num_hidden_layers=4, vocab_size=2048)).eval().bfloat16()
+    model = copy.deepcopy(plain).optimize(inner="eager", target="cuda")
+    ids = torch.randint(1, 2048, (2, 77), generator=torch.Generator().manual_seed(0))
+    report = assert_equivalent(
+        Steps(plain, cache),
+        Steps(model, cache),
+        ids,
+        logits=("0", "1", "2", "3"),
+        must_run=lambda: model.optimization_report.calls,
+    )
+    assert len(report.comparisons) >= 7
+    assert not model.optimization_report.misses
 
 
 def test_a_strict_model_is_asked_for_the_same_target(
