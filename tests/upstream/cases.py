@@ -92,7 +92,7 @@ GRAPHS: tuple[Row, ...] = (
     (
         "NeMo-Automodel#2484",
         "A_log must stay fp32",
-        "runtime/test_plan.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
     ),
     (
         "vllm#41457",
@@ -108,7 +108,7 @@ GRAPHS: tuple[Row, ...] = (
     (
         "ROCm/ATOM#782",
         "a fused tensor dropped by the loader",
-        PLAN + "a_plan_that_is_no_bijection_is_refused",
+        "passes/weights/test_check.py::test_a_plan_that_is_no_bijection_is_refused",
     ),
     ("vllm#42803", "rows of q moved into k", PLAN + "inverse_gives_every_bit_back"),
     (
@@ -187,7 +187,7 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#35719, #38878, #35797",
         "mtp and shared experts dropped",
-        "runtime/test_plan.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
     ),
     ("sglang#21347, rtp-llm#799", "tied embeddings", LOAD + "a_tied_head_is_there_under_either_name"),
     (
@@ -208,7 +208,7 @@ MODELS: tuple[Row, ...] = (
     (
         "vllm#35287, #48814",
         "quantisation formats",
-        "runtime/test_plan.py::test_quantised_weights_are_refused_by_format",
+        "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
     ("vllm#51836, ms-swift#9412, #9972", "fp32 A_log lost", LOAD + "dtypes_of_the_model_and_strides_stay"),
     ("vllm#52013", "mtp.lm_head renamed", "not shown: mtp.* keeps its names, but no test has mtp.lm_head"),
@@ -225,7 +225,11 @@ MODELS: tuple[Row, ...] = (
         CONVERT + "there_and_back_is_byte_equal_and_there_is_the_plan_applied",
     ),
     ("ktransformers#1996", "FP8 shapes", FP8 + "scales_that_do_not_divide_are_refused"),
-    ("ktransformers#1928", "GPTQ", "runtime/test_plan.py::test_quantised_weights_are_refused_by_format"),
+    (
+        "ktransformers#1928",
+        "GPTQ",
+        "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
+    ),
     (
         "ModelOpt#1323, #1340, #1382, #1411, #1421, #2011, #2334",
         "scales of fused experts",
@@ -250,7 +254,7 @@ MODELS: tuple[Row, ...] = (
     (
         "1Cat-vLLM#428",
         "bitsandbytes shapes",
-        "runtime/test_plan.py::test_quantised_weights_are_refused_by_format",
+        "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
     ("prime-rl#2166", "one row cannot be quantised by blocks", SCALES + "a_table_of_one_block_is_a_table"),
     (
