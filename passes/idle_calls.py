@@ -15,7 +15,14 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, layout_shows, storage_of, written_by
+from fxfuse.passes.storage_writes import (
+    StorageWrites,
+    equal_sizes,
+    layout_matters,
+    layout_shows,
+    storage_of,
+    written_by,
+)
 from fxfuse.patterns import ops
 
 
@@ -30,7 +37,8 @@ def fold_idle_calls(program: Program) -> None:
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
             continue
-        anew = str(node.target) in _LAID_OUT_ANEW and storage_of(node) in shown
+        strides = [n.meta["val"].stride() for n in (node, source)]
+        anew = not equal_sizes(*strides) and storage_of(node) in shown
         if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed or anew:
             continue
         stale |= set(node.users)
@@ -67,7 +75,7 @@ def _negated(x: Any) -> Any:
     return x.args[0] if isinstance(x, Node) and str(x.target) == ops.NEG else None
 
 
-# clone(x), cat([x]), −(−x), x¹, repeat(x, 1, 1); those after the first two are laid out anew
+# clone(x), cat([x]), −(−x), x¹, repeat(x, 1, 1)
 _OTHERS: dict[str, Callable[..., Any]] = {
     ops.CLONE: lambda x: x,
     ops.CAT: _of_one,
@@ -76,9 +84,6 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     ops.REPEAT_INTERLEAVE: lambda x, count, dim=None: x if dim is not None and count == 1 else None,
     ops.REPEAT: lambda x, counts: x if all(n == 1 for n in counts) else None,
 }
-
-
-_LAID_OUT_ANEW = (ops.CAT, ops.REPEAT, ops.REPEAT_INTERLEAVE)
 
 
 def _is_number(value: Any, wanted: int) -> bool:

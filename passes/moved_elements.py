@@ -12,17 +12,22 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
+from fxfuse.passes.regions import is_contiguous
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, layout_shows, storage_of
 from fxfuse.patterns import ops
 
 
 def spell_moved_elements(program: Program) -> None:
     """Rewrite in place; what is written later, returned or read by its strides stays a copy."""
-    writes, fixed = StorageWrites(program.graph), layout_shows(program.graph)
+    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    shown = layout_shows(program.graph)
     (end,) = program.graph.find_nodes(op="output")
     changed = False
     for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):
         if writes.is_written(node) or storage_of(node) in fixed:
+            continue
+        strided = any(not is_contiguous(n.meta["val"]) for n in _tensors(node))
+        if strided and storage_of(node) in shown:
             continue
         if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
             continue
@@ -38,6 +43,10 @@ def spell_moved_elements(program: Program) -> None:
         changed = True
     if changed:
         program.refresh()
+
+
+def _tensors(node: Node) -> list[Node]:
+    return [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
 
 
 def _range(node: Any) -> tuple[int, int] | None:

@@ -66,8 +66,10 @@ def _rows_by_mm(s: "Speller", x: Node, name: str) -> Node:
 
 
 def _from_the_left(s: "Speller", x: Node, name: str) -> Node:
+    require(s.shape(x)[-2] > 1)
     y = s.call(operator.matmul, _weight(s, name), s.call(getattr, x, "mT"))
-    return _plus_bias(s, s.call(getattr, y, "mT"), name)
+    rows = s.call("contiguous", s.call(getattr, y, "mT"))  # or the result has other strides
+    return _plus_bias(s, rows, name)
 
 
 def _for_each_batch(s: "Speller", x: Node, name: str) -> tuple[Node, int]:
@@ -112,7 +114,7 @@ LINEAR: dict[str, Spelling] = {
     "torch.tensordot": lambda s, x, name: _plus_bias(
         s, s.call(torch.tensordot, x, _weight(s, name), dims=([-1], [1])), name
     ),
-    "(w @ x.mT).mT": _from_the_left,
+    "(w @ x.mT).mT.contiguous()": _from_the_left,
     "torch.bmm": _by_bmm,
     "torch.baddbmm": _by_baddbmm,
     "rows, torch.mm": _rows_by_mm,
