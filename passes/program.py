@@ -14,8 +14,10 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fxfuse.passes.modes import switches_mode
+from fxfuse.passes.storage_writes import same_layout, storages
 from fxfuse.passes.weights.naming import fused_name
 from fxfuse.passes.weights.plan import TensorSpec, Transform, WeightPlan
 from fxfuse.passes.weights.row_map import RowMap
@@ -191,8 +193,15 @@ class Program:
         return WeightPlan(tuple(dict.fromkeys(sources)), tuple(f.transform for f in self.fused))
 
     def refresh(self) -> None:
-        """Recompute `meta["val"]` of new nodes and of those whose inputs changed shape, stride or memory."""
+        """Recompute `meta["val"]` of new nodes and of those whose inputs changed shape, stride or memory.
+
+        A result in memory of its own that is laid out as before stays as it is, and what follows with it.
+        """
         changed: set[Node] = set()
+        origin: dict[int, Node] = {}
+        for node in self.graph.nodes:
+            for storage in storages(node.meta.get("val")):
+                origin.setdefault(storage, node)
         modes: dict[Node, Any] = {}
 
         def value_of(node: Node) -> Any:
@@ -211,6 +220,10 @@ class Program:
                     if switch:
                         modes[node] = value
                         modes.update(dict.fromkeys(node.all_input_nodes))
+                        continue
+                    was_its_own = all(origin[s] is node for s in storages(node.meta.get("val")))
+                    is_its_own = storages(value).isdisjoint(storages(tree_leaves((args, kwargs))))
+                    if was_its_own and is_its_own and same_layout(value, node.meta.get("val")):
                         continue
                     if _signature(value) != _signature(node.meta.get("val")):
                         changed.add(node)

@@ -21,6 +21,26 @@ def storage_of(node: Node) -> int | None:
     return value.untyped_storage()._cdata
 
 
+def storages(value: Any) -> set[int]:
+    """The identities of the memory of a tensor, or of those in a list."""
+    values = value if isinstance(value, (list, tuple)) else [value]
+    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+
+
+def same_layout(value: Any, other: Any) -> bool:
+    """Whether two values, or two lists of them, are tensors of one dtype, device, size and strides."""
+    if isinstance(value, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(value) == len(other) and all(map(same_layout, value, other))
+    return (
+        isinstance(value, torch.Tensor)
+        and isinstance(other, torch.Tensor)
+        and (value.dtype, value.device) == (other.dtype, other.device)
+        and equal_sizes(value.shape, other.shape)
+        and equal_sizes(value.stride(), other.stride())
+        and equal_sizes([value.storage_offset()], [other.storage_offset()])
+    )
+
+
 def same_memory(node: Node, other: Node) -> bool:
     """Whether two nodes are the same elements of the same memory, whatever sizes their symbols stand for."""
     a, b = node.meta.get("val"), other.meta.get("val")
@@ -29,19 +49,20 @@ def same_memory(node: Node, other: Node) -> bool:
         and isinstance(b, torch.Tensor)
         and storage_of(node) is not None
         and storage_of(node) == storage_of(other)
-        and a.dtype == b.dtype
         and a.requires_grad == b.requires_grad
-        and equal_sizes(a.shape, b.shape)
-        and equal_sizes(a.stride(), b.stride())
-        and equal_sizes([a.storage_offset()], [b.storage_offset()])
+        and same_layout(a, b)
     )
 
 
 def equal_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
-    return len(sizes) == len(others) and all(
-        statically_known_true(a == b) for a, b in zip(sizes, others, strict=True)
-    )
+    return len(sizes) == len(others) and all(map(_equal, sizes, others))
+
+
+def _equal(size: Any, other: Any) -> bool:
+    if isinstance(size, torch.SymInt) and isinstance(other, torch.SymInt):
+        return size.node.expr == other.node.expr or statically_known_true(size == other)
+    return statically_known_true(size == other)
 
 
 def written_by(node: Node) -> list[Node]:

@@ -6,6 +6,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule
 
+from fxfuse.runtime import warm_up
 from fxfuse.runtime.options import Inner, Mode
 from fxfuse.runtime.outline import outlined, repeats
 
@@ -52,5 +53,7 @@ def _inductor(
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
+    if all(value.device.type == "cpu" for value in inputs if isinstance(value, torch.Tensor)):
+        warm_up.begin().join()
     patches = None if mode in (None, "default") else list_mode_options(mode)
     return cast(Callable[..., Any], compile_fx(graph_module, list(inputs), config_patches=patches))

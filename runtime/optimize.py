@@ -17,7 +17,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves, live_weights, quantized_modules
+from fxfuse.runtime import backend, leaves, live_weights, quantized_modules, warm_up
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report, grouped
@@ -107,6 +107,8 @@ def optimize(
     if state is not None:
         deoptimize(model)
     leaves.install()
+    if options.inner == "inductor" and all(p.device.type == "cpu" for p in model.parameters()):
+        warm_up.begin()
     state = State(options, dynamic, Report(model=ref(model)), model._compiled_call_impl)
     compiled = compiled_call(model, options, dynamic)
     session = backend.Session(state.report, model)

@@ -7,7 +7,7 @@ so that what is compiled for one layer serves every layer of the same structure.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,16 @@ Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of nodes as a graph of its own: what it reads from before it, and what is read after it."""
+    """A run of nodes as a graph of its own: what it reads from before it, and what is read after it.
+
+    `structure` numbers the symbols of its sizes in the order of `symbols`.
+    """
 
     graph_module: GraphModule
     inputs: tuple[Node, ...]
     outputs: tuple[Node, ...]
     structure: str
+    symbols: tuple[Any, ...]
 
 
 def layer_of(node: Node) -> tuple[str, int] | None:
@@ -104,16 +108,30 @@ def piece_of(program: GraphModule, run: Sequence[Node]) -> Piece:
     for node in run:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
-    return Piece(GraphModule(program, graph), inputs, outputs, _structure(graph, program))
+    names = {str(symbol): symbol for symbol in _symbols_in((*inputs, *run))}
+    used: dict[str, str] = {}
+
+    def numbered(found: re.Match[str]) -> str:
+        return used.setdefault(found[0], f"s{len(used)}") if found[0] in names else found[0]
+
+    structure = re.sub(r"\bs\d+\b", numbered, _structure(graph, program))
+    return Piece(GraphModule(program, graph), inputs, outputs, structure, tuple(names[n] for n in used))
+
+
+def _symbolic_sizes(nodes: Iterable[Node]) -> Iterator[torch.SymInt]:
+    for value in (leaf for node in nodes for leaf in tree_leaves(node.meta.get("val"))):
+        sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
+        yield from (n for n in sizes if isinstance(n, torch.SymInt))
+
+
+def _symbols_in(nodes: Iterable[Node]) -> set[Any]:
+    """The symbols in the sizes and strides of the nodes' values."""
+    return {symbol for size in _symbolic_sizes(nodes) for symbol in size.node.expr.free_symbols}
 
 
 def _sizes_of(run: Sequence[Node], read: Iterable[Node]) -> list[Node]:
     """The graph's size inputs that occur in the shapes of a run: a compiler binds symbols from those."""
-    symbols: set[Any] = set()
-    for node in (*read, *run):
-        for value in tree_leaves(node.meta.get("val")):
-            sizes = value.shape if isinstance(value, torch.Tensor) else (value,)
-            symbols |= {s for n in sizes if isinstance(n, torch.SymInt) for s in n.node.expr.free_symbols}
+    symbols = _symbols_in((*read, *run))
     found = []
     for node in run[0].graph.nodes:
         value = node.meta.get("val")
@@ -177,12 +195,35 @@ def outlined(graph_module: GraphModule, compile_piece: Compile) -> Callable[...,
     pieces = [piece_of(graph_module, run) for run in segments(graph_module.graph)]
     if any(not isinstance(n.meta["val"], CARRIED) for piece in pieces for n in piece.inputs):
         pieces = [piece_of(graph_module, [n for n in graph_module.graph.nodes if n.op in CALLS])]
-    compiled: dict[str, Callable[..., Any]] = {}
+    compiled: list[tuple[Piece, Callable[..., Any]]] = []
+    calls = []
     for piece in pieces:
-        if piece.structure not in compiled:
-            values = [node.meta["val"] for node in piece.inputs]
-            compiled[piece.structure] = compile_piece(piece.graph_module, values)
-    return _stitched(graph_module.graph, pieces, [compiled[piece.structure] for piece in pieces])
+        call = next((call for other, call in compiled if _serves(other, piece)), None)
+        if call is None:
+            call = compile_piece(piece.graph_module, [node.meta["val"] for node in piece.inputs])
+            compiled.append((piece, call))
+        calls.append(call)
+    return _stitched(graph_module.graph, pieces, calls)
+
+
+def _serves(compiled: Piece, piece: Piece) -> bool:
+    """Whether what was compiled for one piece holds for another.
+
+    Layers of one structure may have sizes of different symbols: each cache has a length of its own. A
+    compiler relies on what is known of a symbol, so everything known of the one must hold for the other; to
+    ask makes it a guard.
+    """
+    if compiled.structure != piece.structure:
+        return False
+    exchanged = {a: b for a, b in zip(compiled.symbols, piece.symbols, strict=True) if a != b}
+    if not exchanged:
+        return True
+    shapes = next(_symbolic_sizes(piece.graph_module.graph.nodes)).node.shape_env
+    return all(shapes.var_to_range[a] == shapes.var_to_range[b] for a, b in exchanged.items()) and all(
+        shapes.evaluate_expr(guard.expr.xreplace(exchanged))
+        for guard in list(shapes.guards)
+        if not exchanged.keys().isdisjoint(guard.expr.free_symbols)
+    )
 
 
 def _stitched(

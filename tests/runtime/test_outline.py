@@ -55,11 +55,11 @@ def test_pieces_give_the_same_tokens_and_equal_layers_are_one_compilation(
     assert recorder.graphs
     for segments, distinct in recorder.graphs:
         assert segments == LAYERS + 2
-        assert distinct <= 5  # before the layers, two kinds (the first cache's length may differ), after them
+        assert distinct == 4  # before the layers, two kinds of layers, after them
 
 
-def graph_of(function: Callable[..., Any], *inputs: torch.Tensor) -> GraphModule:
-    traced = make_fx(function, tracing_mode="fake", pre_dispatch=True)(*inputs)
+def graph_of(function: Callable[..., Any], *inputs: torch.Tensor, tracing_mode: str = "fake") -> GraphModule:
+    traced = make_fx(function, tracing_mode=tracing_mode, pre_dispatch=True)(*inputs)
     calls = [node for node in traced.graph.nodes if node.op == "call_function"]
     for i, node in enumerate(calls):
         node.meta["nn_module_stack"] = {"": (f"L['self'].layers.{i * 3 // len(calls)}", None)}
@@ -136,6 +136,46 @@ def test_a_reshape_that_copies_is_not_moved_before_a_write() -> None:
     run = outline.outlined(traced, lambda piece, values: piece)
     got, expected = run(x, torch.zeros(2, 3).t()), function(x, torch.zeros(2, 3).t())
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("length", [8, 9])
+def test_layers_of_other_lengths_share_what_was_compiled_where_its_guards_hold(length: int) -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * 2).sum() + (b * 2).sum()
+
+    compiled = []
+
+    def for_even_lengths(piece: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+        if values[0].dim() == 1:
+            compiled.append((values[0].shape[0], values[0].shape[0] % 2 == 0))
+            bool(compiled[-1][1])  # a guard, as a compiler's that writes code for even lengths
+        return piece
+
+    a, b = torch.arange(6.0), torch.arange(float(length))
+    traced = graph_of(function, a, b, tracing_mode="symbolic")
+    run = outline.outlined(traced, for_even_lengths)
+    assert torch.equal(run(a, b), function(a, b))
+    assert len(compiled) == (1 if length % 2 == 0 else 2)
+    size = traced.graph.find_nodes(op="placeholder")[1].meta["val"].shape[0].node
+    guarded = [g.expr for g in size.shape_env.guards if size.expr in g.expr.free_symbols]
+    assert any("Mod" in str(expression) for expression in guarded)
+
+
+def test_lengths_of_another_range_share_nothing() -> None:
+    def function(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        return (a * 2).sum() + (b * 2).sum()
+
+    compiled = []
+
+    def recorded(piece: GraphModule, values: Sequence[Any]) -> Callable[..., Any]:
+        compiled.append(piece)
+        return piece
+
+    traced = graph_of(function, torch.ones(6), torch.ones(8), tracing_mode="symbolic")
+    size = traced.graph.find_nodes(op="placeholder")[0].meta["val"].shape[0]
+    torch._check(size <= 100)
+    outline.outlined(traced, recorded)
+    assert len(compiled) == 3
 
 
 def test_a_list_that_would_cross_a_boundary_keeps_the_graph_whole() -> None:
