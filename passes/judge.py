@@ -105,11 +105,12 @@ class Fewer(NamedTuple):
 
 
 def _large_batch(region: Sequence[Node]) -> int | None:
-    """The first size of an input with too many elements."""
+    """The first size of an input with too many elements, if it is more than would be run instead."""
     for node in read_by(region):
-        shape = node.meta["val"].shape if isinstance(node.meta.get("val"), Tensor) else ()
+        value = node.meta.get("val")
+        shape: list[Any] = list(value.shape) if isinstance(value, Tensor) else []
         if len(shape) > 1 and all(type(n) is int for n in shape) and prod(shape) > MOST_ELEMENTS:
-            return int(shape[0])
+            return shape[0] if shape[0] > max(primes[0] for primes in TRIALS) else None
     return None
 
 

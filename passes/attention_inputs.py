@@ -1,0 +1,202 @@
+"""What stands between attention's projections and attention: the candidates, and the ways to read them.
+
+Which features of the projections are query, gate, key and value is told by numbering them, what the other
+inputs are by their shapes; whether a reading is right is for `qk_norm_rope_gate` to say.
+"""
+
+import operator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import permutations, product
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+from torch.utils._pytree import tree_leaves
+
+from fxfuse.passes.program import Program
+from fxfuse.passes.regions import Refused, behind, read_by, writers_of
+from fxfuse.passes.row_parts import Part, parts_of
+from fxfuse.passes.storage_writes import storage_of
+from fxfuse.patterns import ops
+from fxfuse.patterns import readings as readings_of
+
+LARGEST_EPS = 1e-2
+INDEX_COPY = "aten.index_copy_.default"
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The computation of attention's query and key; `writes` of key and value into a static cache, or none.
+
+    Attributes:
+        key: [B, nkv, T, D], of this call's tokens. value: of the same shape.
+    """
+
+    attention: Node
+    query: Node
+    key: Node
+    value: Node
+    writes: tuple[Node, ...]
+
+    @property
+    def results(self) -> list[Node]:
+        return [self.query, *(self.writes or (self.key,))]
+
+    @property
+    def caches(self) -> list[Node]:
+        return [write.args[0] for write in self.writes]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One way to read a candidate's inputs as the operator's arguments.
+
+    `gate` is None where it stays, `weights` are where nothing is normed.
+    """
+
+    query: Part
+    gate: Part | None
+    key: Part
+    value: Part
+    weights: tuple[Node | None, Node | None]
+    cos_sin: tuple[Node, Node]
+    eps: float
+
+
+def candidates(program: Program) -> Iterator[Candidate]:
+    """One for each call of attention whose query has four dimensions."""
+    for attention in program.calls(readings_of.SDPA):
+        query, *rest = attention.args[:3]
+        key, value = (_origin(n) for n in rest)  # type: ignore[arg-type]
+        writes: tuple[Node, ...] = ()
+        if all(_is_cache_write(n) for n in (key, value)) and key.args[2] is value.args[2]:
+            writes, (key, value) = (key, value), (key.args[3], value.args[3])  # type: ignore[assignment]
+        if isinstance(query, Node) and all(dims_of(n) == 4 for n in (query, key, value)):
+            yield Candidate(attention, query, key, value, writes)
+
+
+def _origin(node: Node) -> Node:
+    """The write, or the new tokens, behind a key or value that is cut, repeated or appended to others."""
+    while True:
+        source: Any = None
+        if str(node.target) in readings_of.REPEATS:
+            source = node.args[0]
+        elif str(node.target) == ops.CAT and node.args[1:] in ((2,), (-2,)):
+            source = node.args[0][-1]  # type: ignore[index]
+        if not isinstance(source, Node) or dims_of(source) < 4:
+            return node
+        node = source
+
+
+def _is_cache_write(node: Node) -> bool:
+    return str(node.target) == INDEX_COPY and node.args[1] in (2, -2)
+
+
+def dims_of(node: Node) -> int:
+    value = node.meta.get("val")
+    return value.dim() if isinstance(value, Tensor) else 0
+
+
+def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node], list[Node]]:
+    """The nodes that depend on projections, with the cones of the norms' weights; those; cos and sin."""
+    linears = set(program.calls(ops.LINEAR))
+    caches = {storage_of(n) for n in found.caches}
+    writers = {s: calls for s, calls in writers_of(program.graph).items() if s not in caches}
+    everything = behind(found.results, linears, writers)
+    dependent: set[Node] = set()
+    for node in everything:
+        if any(n in linears or n in dependent for n in node.all_input_nodes):
+            dependent.add(node)
+    inputs = [
+        n for n in read_by([n for n in everything if n in dependent]) if dims_of(n) and n not in linears
+    ]
+    given = {*found.caches, *(write.args[2] for write in found.writes)}
+    weights, angles = [], []
+    for node in (n for n in inputs if n not in given):
+        cone = behind([node], ())
+        parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
+        if cone and not read_by(cone):  # made of numbers alone
+            dependent.update(cone)
+        elif (
+            len(parameters) == 1
+            and dims_of(parameters[0]) == 1
+            and node.meta["val"].numel() == parameters[0].meta["val"].numel()
+        ):
+            weights.append(parameters[0])
+            dependent.update(cone)
+        else:
+            angles.append(node)
+    angles = _bases(angles, dependent)
+    return [n for n in program.graph.nodes if n in dependent], list(dict.fromkeys(weights)), angles
+
+
+def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
+    """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
+    found = list(dict.fromkeys(angles))
+    while len(found) > 2:
+        parts = [n for n in found if n.target is operator.getitem or str(n.target) in readings_of.ON_ANGLES]
+        if not parts:
+            break
+        region.update(parts)
+        found = list(dict.fromkeys(m for n in found for m in (n.all_input_nodes if n in parts else [n])))
+    return found
+
+
+def readings(
+    program: Program,
+    found: Candidate,
+    region: Sequence[Node],
+    weights: Sequence[Node],
+    angles: Sequence[Node],
+) -> Iterator[Reading]:
+    """Every reading that the shapes allow; raises Refused where there is none."""
+    heads, head_dim = found.query.meta["val"].shape[1::2]
+    kv_heads = found.key.meta["val"].shape[1]
+    if not all(isinstance(n, int) for n in (heads, head_dim, kv_heads)):
+        raise Refused(found.query, "the number or size of its heads varies")
+    if len(weights) > 2 or len(angles) != 2:
+        raise Refused(
+            found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
+        )
+    linears = set(program.calls(ops.LINEAR))
+    cones = [set(behind([n], linears)) for n in found.attention.args[:3]]  # type: ignore[list-item]
+    by_role: list[list[Part]] = [[], [], [], []]
+    rows = [n for n in read_by([*region, *cones[2]]) if n in linears]
+    for part in (part for row in rows for part in parts_of(row)):
+        role = next((i for i, cone in enumerate(cones) if part.node in cone), 3)
+        wanted = (heads, kv_heads, kv_heads, heads)[role] * head_dim
+        if len(part.features) == wanted:
+            by_role[role].append(part)
+    queries, keys, values, gates = by_role
+    if not (queries and keys and values):
+        raise Refused(found.query, "its query, key and value are no parts of projections")
+    numbers = [x for n in region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)]
+    epsilons = sorted({abs(x) for x in numbers})
+    orders: list[Any] = list(permutations(weights)) if len(weights) == 2 else [tuple(weights) * 2]
+    if not weights:
+        orders, epsilons = [(None, None)], [0.0]
+    for parts in product(queries, keys, values):
+        query, key, value = parts
+        gate = next((g for g in gates if (whole := joined(query, g, heads)) and whole.is_strided), None)
+        if not all(part.is_strided for part in parts):
+            continue
+        for pair, cos_sin, eps in product(orders, permutations(angles), epsilons):
+            yield Reading(query, gate, key, value, pair, cos_sin, eps)  # type: ignore[arg-type]
+
+
+def _is_eps(x: object) -> bool:
+    return isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS
+
+
+def joined(query: Part, gate: Part, heads: int) -> Part | None:
+    """Each head's query and gate side by side, if one projection holds both."""
+    if query.linear is not gate.linear:
+        return None
+    size = len(query.features) // heads
+    both = zip(*(_split(part.features, size) for part in (query, gate)), strict=True)
+    return query.taken([feature for q, g in both for feature in (*q, *g)])
+
+
+def _split(features: Sequence[int], size: int) -> list[Sequence[int]]:
+    return [features[i : i + size] for i in range(0, len(features), size)]
