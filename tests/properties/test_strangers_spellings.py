@@ -299,3 +299,82 @@ def test_a_strangers_spelling_is_matched_and_computes_the_same(rule: str, name: 
     assert len(matches) == 1, reasons or "no candidate was seen"
     if rule == "same_input_linears":
         assert matches[0].detail.startswith("3 linears")
+
+
+# What computes the same, or nearly, and is left alone on purpose; the key says why.
+
+
+def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk, m.wv))
+    c, s = cos[None, None], sin[None, None]
+    q, k = (y * c + rotate_cat(y) * s for y in (q, k))
+    return (torch.softmax(q @ k.mT * D**-0.5, -1) @ v).transpose(1, 2).reshape(B, T, 2 * D)
+
+
+def pairs_side_by_side(x: Tensor) -> Tensor:
+    return torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2)
+
+
+LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
+    "the default epsilon of nn.RMSNorm is another one in each dtype": (
+        "rms_norm",
+        lambda m, x: F.rms_norm(x, (H,), m.w),
+    ),
+    "F.normalize bounds the norm by its epsilon and adds none": (
+        "rms_norm",
+        lambda m, x: F.normalize(x, dim=-1, eps=EPS) * H**0.5 * m.w,
+    ),
+    "an epsilon outside the root is another function": (
+        "rms_norm",
+        lambda m, x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + EPS) * m.w,
+    ),
+    "variance and squared mean cancel": (
+        "rms_norm",
+        lambda m, x: x * torch.rsqrt(x.var(-1, True, keepdim=True) + x.mean(-1, True).square() + EPS) * m.w,
+    ),
+    "softplus of another beta": ("gdn_gates", gates(lambda a: F.softplus(a, beta=2.0))),
+    "softplus that is linear too early": (
+        "gdn_gates",
+        gates(lambda a: torch.where(a > 1.0, a, a.exp().log1p())),
+    ),
+    "attention by hand rounds otherwise and asks for no kernel": ("qk_norm_rope_gate", attention_by_hand),
+    "a rotation of pairs side by side": ("qk_norm_rope_gate", attention(turn=pairs_side_by_side)),
+    "a linear as a sum of products is no matrix product": (
+        "same_input_linears",
+        lambda m, x: [(x.unsqueeze(-2) * w).sum(-1) for w in (m.wk, m.wv)],
+    ),
+    "a convolution as shifted products": (
+        "causal_conv1d",
+        lambda m, x: sum(F.pad(x, (0, 0, 3, 0))[:, k : k + T] * m.taps[:, 0, k] for k in range(4)),
+    ),
+    "a convolution that sees what comes": (
+        "causal_conv1d",
+        convolved(lambda m, x: F.conv1d(x.mT, m.taps, padding=3, groups=H)[..., 3:]),
+    ),
+}
+
+
+@pytest.mark.parametrize("why", LEFT_ALONE)
+def test_what_is_left_alone_on_purpose(why: str) -> None:
+    rule, compute = LEFT_ALONE[why]
+    module, given = Block(compute), SETS[rule][1]()
+    rewritten = rewrite(module, given, passes=(rule,), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 0
+
+
+def test_rows_written_by_an_index_are_no_cache_of_the_prologue() -> None:
+    """cache[:, :, p] = k counts negative positions from the end; the operator takes none."""
+
+    def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, p: Tensor) -> Any:
+        q, k, v = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk, m.wv))
+        c, s = cos[None, None], sin[None, None]
+        keys[:, :, p] = k * c + rotate_cat(k) * s
+        values[:, :, p] = v
+        q = q * c + rotate_cat(q) * s
+        return F.scaled_dot_product_attention(q, keys, values, enable_gqa=True).transpose(1, 2)
+
+    module, given = Block(compute), [*hidden(), *ANGLES, *two(B, 1, 9, D), torch.arange(T) - T]
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 0
