@@ -9,7 +9,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen3_5Config, Qwen3_5MoeTextConfig, Qwen3_5TextConfig
+from typer.testing import CliRunner
 
+from fxfuse import cli
 from fxfuse.errors import CheckpointError, PlanError
 from fxfuse.runtime.convert import convert
 from fxfuse.runtime.plan import plan
@@ -116,6 +118,16 @@ def test_quantised_weights_of_which_the_config_says_nothing_are_no_plain_rows(
     source = narrow.write(tmp_path, quantised(kind, narrow.state("dense")))
     with pytest.raises(PlanError, match=rf"^model\.layers\.0\..*{named}, while the config says no"):
         plan(source, layout)
+
+
+def test_inspect_lists_what_it_cannot_plan(narrow: Any, tmp_path: Path) -> None:
+    fields = narrow.configs["dense"].to_dict() | {"quantization_config": FORMATS["gptq"]}
+    source = narrow.write(tmp_path, quantised("gptq", narrow.state("dense")), fields)
+    result = CliRunner().invoke(cli.app, ["inspect", str(source)])
+    assert result.exit_code == 2
+    assert "int32" in result.stdout
+    assert result.stderr.startswith("fxfuse: weights quantised with gptq")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_a_foreign_format_beside_an_fp8_config_is_no_fp8(narrow: Any, tmp_path: Path) -> None:
