@@ -52,19 +52,6 @@ def memory_is_written(program: Program, region: Sequence[Node], cuts: Sequence[C
     return f"{written.name} is written in place" if written is not None else None
 
 
-def leaves_by_another_way(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
-    """Every use of the linear's features must go through a cut."""
-    reached = {cut.node for cut in cuts}
-    for node in region:
-        if any(n in reached for n in node.all_input_nodes):
-            reached.add(node)
-    for node in region:
-        outside = next((user for user in node.users if user not in region), None)
-        if outside is not None and node not in reached:
-            return f"{node.name} is used by {outside.name}, where its rows are not whole"
-    return None
-
-
 def is_no_permutation(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
     """Folding an order into the weight needs every row once."""
     width = region[0].meta["val"].shape[-1]
@@ -89,7 +76,7 @@ def memory_is_read_as_it_was(program: Program, region: Sequence[Node], cuts: Seq
     return f"{found.name} leaves the graph, or its strides are read" if found is not None else None
 
 
-GUARDS = (memory_is_written, leaves_by_another_way)
+GUARDS = (memory_is_written,)
 COPY_GUARDS = (is_no_permutation, weight_cannot_be_permuted, memory_is_read_as_it_was)
 
 

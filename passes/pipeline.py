@@ -29,6 +29,7 @@ from fxfuse.passes import (
 )
 from fxfuse.passes.normalise import normalise
 from fxfuse.passes.outcome import Match, Miss, Outcome
+from fxfuse.passes.output_layout import restore_output_layout
 from fxfuse.passes.program import Program
 
 log = logging.getLogger("fxfuse")
@@ -108,6 +109,10 @@ def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, 
         program, outcomes[each.name] = _attempt(each.name, each.run, program)
     if program is given:
         program = program.copy()
+    elif any(outcome.matches for outcome in outcomes.values()):
+        program, outcome = _attempt("output_layout", lambda p: restore_output_layout(p, given), program)
+        if outcome.misses:
+            outcomes["output_layout"] = outcome
     program.write_code()
     return program, outcomes
 

@@ -124,11 +124,6 @@ class SharedSlot:
         self._packed: Packed | None = None
         self.taken = 0
 
-    @staticmethod
-    def marks(members: Iterable[Tensor]) -> list[int]:
-        """What changes when a member no longer is where it was packed."""
-        return [m.data_ptr() for m in members]
-
     def fill(self, members: Sequence[Tensor]) -> Callable[[], Tensor | None]:
         """Gets the fused weight; packs the members, in this order, where they are not packed so already."""
         found = self.found(members)

@@ -31,10 +31,13 @@ import whole_graphs
 
 import fxfuse
 from fxfuse.testing.blocks import BLOCKS
+from fxfuse.testing.mutants import CHANGES
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / ".cache" / "nightly"
 SUMMARY = ROOT / "docs" / "nightly.md"
+# Below it nothing is written anew.
+NOTES = "\n## Notes\n"
 COUNTS = {"spellings": 10_000, "near_misses": 100_000, "whole_graphs": 5_000}
 
 
@@ -87,15 +90,17 @@ def _near_misses(result: Result, deadline: float) -> None:
         f"{tally.graphs:,} graphs, {tally.through_dynamo:,} of them through Dynamo; of the other {traced:,}, "
         f"{tally.still_matched:,} still matched something; {len(tally.wrong)} wrong.",
         "",
-        "Passes undone by an error: "
-        + (", ".join(f"{count} ({reason[:120]})" for reason, count in tally.undone.most_common()) or "none")
-        + ".",
+        f"Passes undone by an error: {len(tally.undone)}.",
         "",
         "| change | graphs |",
         "|---|---|",
-        *(f"| {kind} | {count:,} |" for kind, count in tally.kinds.most_common()),
+        *(f"| {kind} | {tally.kinds[kind]:,} |" for kind in CHANGES),
+        "",
+        "| mutants of | graphs | still matched (of those not through Dynamo) |",
+        "|---|---|---|",
+        *(f"| {name} | {count:,} | {tally.matched[name]:,} |" for name, count in tally.blocks.items()),
     ]
-    result.wrong = tally.wrong
+    result.wrong = [*tally.wrong, *tally.undone]
 
 
 def _whole_graphs(result: Result, deadline: float) -> None:
@@ -149,9 +154,16 @@ def summary(results: list[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def with_notes(numbers: str, before: str) -> str:
+    """The new numbers, and below them what somebody wrote under the heading of notes."""
+    _, heading, notes = before.partition(NOTES)
+    return numbers + heading + notes
+
+
 def _write_table() -> None:
     files = [RESULTS / f"{suite}.json" for suite in SUITES]
-    SUMMARY.write_text(summary([Result(**json.loads(f.read_text())) for f in files if f.exists()]))
+    numbers = summary([Result(**json.loads(f.read_text())) for f in files if f.exists()])
+    SUMMARY.write_text(with_notes(numbers, SUMMARY.read_text() if SUMMARY.exists() else ""))
 
 
 def main() -> int:
