@@ -44,6 +44,7 @@ CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"
 CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
 RECURRENT_DELTA_RULE = "fxfuse.recurrent_gated_delta_rule.default"
+REPEATED_HEADS = "aten.repeat_interleave.self_int"
 
 # Cut or repeat keys and values on their way to attention.
 REPEATS = BROADCASTS | frozenset(

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 CHUNK = 32  # tokens; twice as many did not fit the registers of every target
 MAX_KEY_DIM = 256
 LEAST_BLOCK = 16  # of a side of a matrix product
-KEY_BYTES = 128  # of a token that are multiplied at a time
+BLOCK_K = 32
 BLOCK_V = 16
-SCALES = 5  # rows of what the second launch multiplies by
+SCALES = 5  # kinds of factors that the second launch multiplies by
 
 
 @kernel
@@ -67,14 +67,10 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
     cu_seqlens,
     first_chunks,
     sequences,
-    inverse,
-    attention,
-    scales,
+    prepared,
     length,
     chunks,
     sequence_count,
-    ratio,
-    key_dim,
     scale,
     query_stride_b,
     query_stride_t,
@@ -95,6 +91,8 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
     EPSILON: tl.constexpr,
     LEAST_LOG_DECAY: tl.constexpr,
     CHUNK: tl.constexpr,
+    RATIO: tl.constexpr,
+    KEY_DIM: tl.constexpr,
     SCALES: tl.constexpr,
     KEY_WIDTH: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
@@ -114,14 +112,12 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
         end = length
     t = tl.arange(0, CHUNK)
     there = start + t < end
-    query += batch * query_stride_b + start * query_stride_t + head // ratio * query_stride_h
-    key += batch * key_stride_b + start * key_stride_t + head // ratio * key_stride_h
+    query += batch * query_stride_b + start * query_stride_t + head // RATIO * query_stride_h
+    key += batch * key_stride_b + start * key_stride_t + head // RATIO * key_stride_h
     g += batch * g_stride_b + start * g_stride_t + head * g_stride_h
     beta += batch * beta_stride_b + start * beta_stride_t + head * beta_stride_h
     slot = number * tl.num_programs(1) + head
-    inverse += slot * CHUNK * CHUNK
-    attention += slot * CHUNK * CHUNK
-    scales += slot * SCALES * CHUNK
+    prepared += slot * (2 * CHUNK + SCALES) * CHUNK
 
     # Products of the raw queries and keys are exact for half precision; their norms come in afterwards.
     d = tl.arange(0, KEY_BLOCK)
@@ -130,7 +126,7 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
     query_square = tl.zeros((CHUNK,), dtype=tl.float32)
     key_square = tl.zeros((CHUNK,), dtype=tl.float32)
     for begin in range(0, KEY_WIDTH, KEY_BLOCK):
-        mask = there[:, None] & (begin + d < key_dim)[None, :]
+        mask = there[:, None] & (begin + d < KEY_DIM)[None, :]
         place = query + t[:, None] * query_stride_t + (begin + d)[None, :] * query_stride_d
         q = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         place = key + t[:, None] * key_stride_t + (begin + d)[None, :] * key_stride_d
@@ -152,7 +148,7 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
     causal = t[:, None] >= t[None, :]
     between = tl.exp(tl.where(causal, decay[:, None] - decay[None, :], float("-inf"))) * key_scale[None, :]
     here = t[:, None] * CHUNK + t[None, :]
-    tl.store(attention + here, query_key * query_scale[:, None] * between)
+    tl.store(prepared + CHUNK * CHUNK + here, query_key * query_scale[:, None] * between)
     system = tl.where(t[:, None] > t[None, :], key_key * (rate * key_scale)[:, None] * between, 0.0)
     # Quarter by quarter: less to multiply, and the operands fit the registers.
     HALF: tl.constexpr = CHUNK // 2
@@ -162,11 +158,12 @@ def _prepare_chunks(  # type: ignore[no-untyped-def]
     below = tl.dot(tl.dot(second, below, input_precision=PRECISION), first, input_precision=PRECISION)
     h = tl.arange(0, HALF)
     here = h[:, None] * CHUNK + h[None, :]
-    tl.store(inverse + here, first)
-    tl.store(inverse + HALF + here, tl.zeros_like(first))
-    tl.store(inverse + HALF * CHUNK + here, -below)
-    tl.store(inverse + HALF * CHUNK + HALF + here, second)
+    tl.store(prepared + here, first)
+    tl.store(prepared + HALF + here, tl.zeros_like(first))
+    tl.store(prepared + HALF * CHUNK + here, -below)
+    tl.store(prepared + HALF * CHUNK + HALF + here, second)
 
+    scales = prepared + 2 * CHUNK * CHUNK
     grown = tl.exp(decay)
     last = tl.sum(tl.where(t == CHUNK - 1, decay, 0.0), axis=0)
     tl.store(scales + t, query_scale * grown)
@@ -181,9 +178,7 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
     query,
     key,
     value,
-    inverse,
-    attention,
-    scales,
+    prepared,
     initial_state,
     cu_seqlens,
     first_chunks,
@@ -191,10 +186,6 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
     final_state,
     length,
     chunks,
-    value_heads,
-    ratio,
-    key_dim,
-    value_dim,
     query_stride_b,
     query_stride_t,
     query_stride_h,
@@ -214,18 +205,22 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
     HAS_STATE: tl.constexpr,
     PACKED: tl.constexpr,
     CHUNK: tl.constexpr,
+    VALUE_HEADS: tl.constexpr,
+    RATIO: tl.constexpr,
+    KEY_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     SCALES: tl.constexpr,
     PARTS: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    sequence = (tl.program_id(1) // value_heads).to(tl.int64)
-    head = tl.program_id(1) % value_heads
+    sequence = (tl.program_id(1) // VALUE_HEADS).to(tl.int64)
+    head = tl.program_id(1) % VALUE_HEADS
     t = tl.arange(0, CHUNK)
     i = tl.arange(0, KEY_BLOCK)
     j = tl.program_id(0) * VALUE_BLOCK + tl.arange(0, VALUE_BLOCK)
-    in_value = j < value_dim
+    in_value = j < VALUE_DIM
     # The state in parts of few keys: the operands of one product have to fit the registers.
     state = ()
     if HAS_STATE:
@@ -234,7 +229,7 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
         if HAS_STATE:
             feature = part * KEY_BLOCK + i
             before = initial_state + feature[:, None] * state_stride_k + j[None, :] * state_stride_v
-            tile = (feature < key_dim)[:, None] & in_value[None, :]
+            tile = (feature < KEY_DIM)[:, None] & in_value[None, :]
             state += (tl.load(before, mask=tile, other=0.0).to(tl.float32),)  # type: ignore[assignment]
         else:
             state += (tl.zeros((KEY_BLOCK, VALUE_BLOCK), dtype=tl.float32),)  # type: ignore[assignment]
@@ -247,27 +242,26 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
         key += sequence * key_stride_b
         value += sequence * value_stride_b
         start = sequence * length
-        out += start * value_heads * value_dim
+        out += start * VALUE_HEADS * VALUE_DIM
         start = start * 0
         count = length
         number = sequence * chunks
-    query += start * query_stride_t + head // ratio * query_stride_h
-    key += start * key_stride_t + head // ratio * key_stride_h
+    query += start * query_stride_t + head // RATIO * query_stride_h
+    key += start * key_stride_t + head // RATIO * key_stride_h
     value += start * value_stride_t + head * value_stride_h
-    out += (start * value_heads + head) * value_dim
-    slot = number * value_heads + head
-    inverse += slot * CHUNK * CHUNK
-    attention += slot * CHUNK * CHUNK
-    scales += slot * SCALES * CHUNK
+    out += (start * VALUE_HEADS + head) * VALUE_DIM
+    slot = number * VALUE_HEADS + head
+    prepared += slot * (2 * CHUNK + SCALES) * CHUNK
     here = t[:, None] * CHUNK + t[None, :]
     for begin in range(0, count, CHUNK):
         there = begin + t < count
+        scales = prepared + 2 * CHUNK * CHUNK
         known = tl.zeros((CHUNK, VALUE_BLOCK), dtype=tl.float32)
         result = tl.zeros((CHUNK, VALUE_BLOCK), dtype=tl.float32)
         for part in tl.static_range(PARTS):
             tl.debug_barrier()
             feature = part * KEY_BLOCK + i
-            mask = there[:, None] & (feature < key_dim)[None, :]
+            mask = there[:, None] & (feature < KEY_DIM)[None, :]
             place = key + t[:, None] * key_stride_t + feature[None, :] * key_stride_d
             k = tl.load(place, mask=mask, other=0.0).to(tl.float32)
             known += tl.dot(k, state[part], input_precision=PRECISION)
@@ -280,10 +274,10 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
         correction = (
             v * tl.load(scales + 3 * CHUNK + t)[:, None] - known * tl.load(scales + CHUNK + t)[:, None]
         )
-        correction = tl.dot(tl.load(inverse + here), correction, input_precision=PRECISION)
+        correction = tl.dot(tl.load(prepared + here), correction, input_precision=PRECISION)
         result *= tl.load(scales + t)[:, None]
-        result += tl.dot(tl.load(attention + here), correction, input_precision=PRECISION)
-        target = out + t[:, None] * value_heads * value_dim + j[None, :]
+        result += tl.dot(tl.load(prepared + CHUNK * CHUNK + here), correction, input_precision=PRECISION)
+        target = out + t[:, None] * VALUE_HEADS * VALUE_DIM + j[None, :]
         tl.store(target, result.to(out.dtype.element_ty), mask=mask)
         correction *= tl.load(scales + 2 * CHUNK + t)[:, None]
         decay = tl.load(scales + 4 * CHUNK)
@@ -292,22 +286,20 @@ def _scan_chunks(  # type: ignore[no-untyped-def]
             tl.debug_barrier()
             feature = part * KEY_BLOCK + i
             place = key + t[None, :] * key_stride_t + feature[:, None] * key_stride_d
-            k = tl.load(place, mask=there[None, :] & (feature < key_dim)[:, None], other=0.0)
+            k = tl.load(place, mask=there[None, :] & (feature < KEY_DIM)[:, None], other=0.0)
             update = tl.dot(k.to(tl.float32), correction, input_precision=PRECISION)
             moved += (state[part] * decay + update,)  # type: ignore[assignment]
         state = moved
         query += CHUNK * query_stride_t
         key += CHUNK * key_stride_t
         value += CHUNK * value_stride_t
-        out += CHUNK * value_heads * value_dim
-        inverse += value_heads * CHUNK * CHUNK
-        attention += value_heads * CHUNK * CHUNK
-        scales += value_heads * SCALES * CHUNK
-    final_state += (sequence * value_heads + head) * key_dim * value_dim
+        out += CHUNK * VALUE_HEADS * VALUE_DIM
+        prepared += VALUE_HEADS * (2 * CHUNK + SCALES) * CHUNK
+    final_state += (sequence * VALUE_HEADS + head) * KEY_DIM * VALUE_DIM
     for part in tl.static_range(PARTS):
         feature = part * KEY_BLOCK + i
-        after = final_state + feature[:, None] * value_dim + j[None, :]
-        tl.store(after, state[part], mask=(feature < key_dim)[:, None] & in_value[None, :])
+        after = final_state + feature[:, None] * VALUE_DIM + j[None, :]
+        tl.store(after, state[part], mask=(feature < KEY_DIM)[:, None] & in_value[None, :])
 
 
 def _chunk_table(cu_seqlens: Tensor, length: int) -> tuple[Tensor, Tensor, int]:
@@ -345,13 +337,10 @@ def launch(
         first, table, number = _chunk_table(cu_seqlens, length)
     out = torch.empty(value.shape, dtype=query.dtype, device=device)
     final = torch.empty(sequences, value_heads, key_dim, value_dim, dtype=torch.float32, device=device)
-
-    def space(*shape: int) -> Tensor:
-        return torch.empty(number, value_heads, *shape, dtype=torch.float32, device=device)
-
-    inverse, attention, scales = space(CHUNK, CHUNK), space(CHUNK, CHUNK), space(SCALES, CHUNK)
+    # Of each chunk: its inverted system, the attention inside of it, and factors of its tokens.
+    prepared = torch.empty(number, value_heads, 2 * CHUNK + SCALES, CHUNK, dtype=torch.float32, device=device)
     key_width = max(power_of_2(key_dim), LEAST_BLOCK)
-    key_block = min(key_width, KEY_BYTES // query.element_size())
+    key_block = min(key_width, BLOCK_K)
     precision = triton_kernel.dot_precision(query.dtype)
     _prepare_chunks[(number, value_heads)](
         query,
@@ -361,14 +350,10 @@ def launch(
         bounds,
         first,
         table,
-        inverse,
-        attention,
-        scales,
+        prepared,
         length,
         chunks,
         sequences,
-        ratio,
-        key_dim,
         key_dim**-0.5,
         *query.stride(),
         *key.stride(),
@@ -379,6 +364,8 @@ def launch(
         EPSILON=L2_EPSILON,
         LEAST_LOG_DECAY=LEAST_LOG_DECAY,
         CHUNK=CHUNK,
+        RATIO=ratio,
+        KEY_DIM=key_dim,
         SCALES=SCALES,
         KEY_WIDTH=key_width,
         KEY_BLOCK=key_block,
@@ -389,9 +376,7 @@ def launch(
         query,
         key,
         value,
-        inverse,
-        attention,
-        scales,
+        prepared,
         value if initial_state is None else initial_state,
         bounds,
         first,
@@ -399,10 +384,6 @@ def launch(
         final,
         length,
         chunks,
-        value_heads,
-        ratio,
-        key_dim,
-        value_dim,
         *query.stride(),
         *key.stride(),
         *value.stride(),
@@ -410,6 +391,10 @@ def launch(
         HAS_STATE=initial_state is not None,
         PACKED=packed,
         CHUNK=CHUNK,
+        VALUE_HEADS=value_heads,
+        RATIO=ratio,
+        KEY_DIM=key_dim,
+        VALUE_DIM=value_dim,
         SCALES=SCALES,
         PARTS=key_width // key_block,
         KEY_BLOCK=key_block,
