@@ -10,25 +10,48 @@ from contextlib import contextmanager
 from enum import StrEnum
 from json import dumps, loads
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
 from fxfuse.errors import FxfuseError, OptionError, UnsupportedModelError
 
+# Newer versions of typer carry a copy of click, older ones use click itself.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
 
 class _Commands(TyperGroup):
-    """Says what went wrong in one line, without a traceback, where fxfuse raised it on purpose."""
+    """Says what went wrong in one line, without a traceback, where it is the user's to mend."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not args:  # typer shows the help
+            return super().parse_args(ctx, args)
+        with _one_line(ctx):
+            return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
-        try:
+        with _one_line(ctx):
             return super().invoke(ctx)
-        except FxfuseError as error:
-            if ctx.params.get("debug"):
-                raise
-            typer.echo(f"fxfuse: {' '.join(str(error).split())}", err=True)
-            raise typer.Exit(2) from error
+
+
+@contextmanager
+def _one_line(ctx: Any) -> Iterator[None]:
+    try:
+        yield
+    except FxfuseError as error:
+        if ctx.params.get("debug"):
+            raise
+        _leave(str(error), 2, error)
+    except UsageError as error:
+        _leave(f"{error.format_message()} See: {(error.ctx or ctx).command_path} --help", 2, error)
+    except KeyboardInterrupt as error:
+        _leave("stopped", 130, error)
+
+
+def _leave(text: str, code: int, cause: BaseException) -> NoReturn:
+    typer.echo(f"fxfuse: {' '.join(text.split())}", err=True)
+    raise typer.Exit(code) from cause
 
 
 class Target(StrEnum):
@@ -131,8 +154,8 @@ def explain(
     """Say what the passes would match in a checkpoint's model, and what is left alone. Reads no weights."""
     import fxfuse
 
-    if html is not None and not html.parent.is_dir():
-        raise OptionError(f"--html {html}: there is no folder {html.parent}: create it, or name another")
+    if html is not None:
+        _need_folder(html, "--html")
     report = fxfuse.explain(_model_without_weights(checkpoint), target=target)
     if html is not None:
         report.to_html(html)
@@ -141,6 +164,11 @@ def explain(
         _print_json(report.to_dict())
     else:
         typer.echo(str(report))
+
+
+def _need_folder(file: Path, option: str) -> None:
+    if not file.parent.is_dir():
+        raise OptionError(f"{option} {file}: there is no folder {file.parent}: create it, or name another")
 
 
 def _model_without_weights(checkpoint: Path) -> Any:
@@ -251,6 +279,8 @@ def demo(
     """Run the main job on real input and judge it: equality, error, speed. Exits with 1 if any differ."""
     from fxfuse.runtime.demo import run
 
+    if json is not None:
+        _need_folder(json, "--json")
     result = run(checkpoint, size=size.value, tokens=tokens, cache=cache)
     if json is not None:
         json.write_text(result.to_json() + "\n")

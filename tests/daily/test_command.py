@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +117,7 @@ def _unknown_benchmark(folder: Path) -> list[object]:
     ("prepare", "says"),
     [
         (_no_config, "config.json"),
-        (_no_tensors, "safetensors"),
+        (_no_tensors, "config.json"),
         (_unknown_model, "no_such_model"),
         (_broken_config, "config.json"),
         (_no_folder_for_the_page, "nowhere"),
@@ -128,3 +130,37 @@ def test_an_error_is_one_line_on_stderr_that_names_the_thing(prepare: Any, says:
     lines = err.strip().splitlines()
     assert (code, out, len(lines)) == (2, "", 1), (code, out, err)
     assert lines[0].startswith("fxfuse: ") and says in lines[0] and len(lines[0]) > 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["no-such"], "No such command 'no-such'"),
+        (["inspect"], "Missing argument"),
+        (["inspect", ".", "--no-such"], "No such option: --no-such"),
+        (["--no-such"], "No such option: --no-such"),
+        (["demo", "--tokens", "1"], "--tokens"),
+        (["demo", "--json", "nowhere/found.json"], "there is no folder nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_with_the_next_step(arguments: list[str], says: str) -> None:
+    code, out, err = run(*arguments)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), (code, out, err)
+    assert says in err and ("--help" in err or "create it" in err)
+
+
+def test_an_interrupt_is_one_line_and_the_shells_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fxfuse.runtime import convert
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "differences", interrupted)
+    assert run("verify", "a", "b") == (130, "", "fxfuse: stopped\n")
+
+
+def test_output_can_be_cut_off(folder: Path) -> None:
+    """As `| head` does: no traceback."""
+    command = f"{sys.executable} -m fxfuse inspect {folder} --json | head -1"
+    found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert found.stdout == "{\n" and "Traceback" not in found.stderr
