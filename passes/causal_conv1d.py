@@ -5,6 +5,7 @@ After:  y = causal_conv1d(x, w, bias, None, None, apply_silu=True)
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import product
 from operator import getitem
 from typing import Any
 
@@ -17,7 +18,7 @@ from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase
-from fxfuse.passes.storage_writes import layout_matters, storage_of
+from fxfuse.passes.storage_writes import layout_shows, storage_of
 from fxfuse.patterns import readings
 from fxfuse.patterns.ops import CAT
 from fxfuse.runtime.ops.limits import unsupported
@@ -76,14 +77,14 @@ def _accepted(
 ) -> tuple[Node, Node, bool, list[Node]]:
     """Its input, the last call that it computes, whether with SiLU, and all of them; raises Refused."""
     given, *parameters = [n for n in conv.args[:3] if isinstance(n, Node)]
-    x = _unpadded(given) or given
-    inputs = [x, *parameters]
-    limit = unsupported(RULE, *(n.meta["val"] for n in inputs))
+    limit = unsupported(RULE, *(n.meta["val"] for n in (given, *parameters)))
     if limit is not None:
         raise Refused(conv, limit)
     miss = Refused(conv, "run on random values it is no causal convolution")
-    for end, silu in ((end, silu) for end in ends_of(conv) for silu in (True, False)):
-        region = behind([end], set(inputs))
+    ends = [end for end in ends_of(conv) if end.meta["val"].dtype == x.meta["val"].dtype]
+    inputs = [x for x in (_unpadded(given), given) if x is not None]  # what is put before may be a state
+    for end, silu, x in product(ends, (True, False), inputs):
+        region = behind([end], {x, *parameters})
         if not judge.equal(region, [end], _operator_on(conv, x, silu), f"{RULE} {silu}"):
             continue
         reason = guards.reason(region, [end], {end.meta["val"].dtype, torch.float32})
@@ -98,7 +99,7 @@ def _accepted(
 def run(program: Program) -> Outcome:
     """Rewrite every causal convolution; one that is depthwise and not causal is reported."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
-    fixed = layout_matters(program.graph)
+    fixed = layout_shows(program.graph)
     found: list[tuple[Node, Node, Node, bool, list[Node]]] = []
     for conv in program.calls(readings.CONV1D):
         if not is_depthwise(conv):

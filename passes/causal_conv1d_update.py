@@ -62,7 +62,8 @@ def _accepted(
     if limit is not None:
         raise Refused(conv, limit)
     miss = Refused(conv, "run on random values it is no step of a causal convolution")
-    for end, silu in ((end, silu) for end in ends_of(conv) for silu in (True, False)):
+    ends = [end for end in ends_of(conv) if end.meta["val"].dtype == tokens.meta["val"].dtype]
+    for end, silu in ((end, silu) for end in ends for silu in (True, False)):
         region = behind([end, write], set(inputs))
         candidate = _operator_on(conv, state, tokens, silu)
         if not judge.equal(region, [end], candidate, f"{RULE} {silu}", [state]):

@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_shows, storage_of, written_by
 from fxfuse.patterns.matcher import is_cast
 
 
@@ -90,7 +90,7 @@ class Guards:
         self.writes = StorageWrites(program.graph)
         self.modes = modes(program.graph, program.grad_enabled)
         self.position = {node: i for i, node in enumerate(program.graph.nodes)}
-        self.fixed = layout_matters(program.graph)
+        self.fixed = layout_shows(program.graph)
 
     def reason(
         self,

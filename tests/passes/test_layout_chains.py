@@ -138,7 +138,7 @@ class Written(GroupedProjection):
         q = grouped.narrow(-1, 0, self.sizes[2])
         q.mul_(2)
         mixed = torch.cat([t.reshape(*x.shape[:-1], -1) for t in (q, k, v)], dim=-1)
-        return mixed * 2, z + 1, b + 1, a + 1
+        return mixed * 2, z + 1, b + 1, a + grouped.sum()
 
 
 @pytest.mark.parametrize(

@@ -378,3 +378,31 @@ def test_rows_written_by_an_index_are_no_cache_of_the_prologue() -> None:
     rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 0
+
+
+KEPT: dict[str, tuple[str, Callable[..., Any]]] = {
+    "the dtype of a cast behind a convolution": (
+        "causal_conv1d",
+        lambda m, x: F.silu(F.conv1d(x.mT, m.taps, padding=3, groups=H)[..., :T]).half().mT.contiguous(),
+    ),
+    "the strides of a convolution": ("causal_conv1d", CONVOLUTIONS["padded, cut"]),
+    "the strides of a product with the weight first": ("same_input_linears", LINEARS["left multiplication"]),
+    "the strides of a gated tensor": (
+        "sigmoid_gate",
+        lambda m, y, g: y.transpose(1, 2) * g.mT.mT.transpose(1, 2).sigmoid(),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", KEPT)
+def test_what_leaves_the_graph_looks_as_it_did(what: str) -> None:
+    """Its dtype, and its strides behind calls that hand them on."""
+    rule, compute = KEPT[what]
+    module, given = Block(compute), SETS[rule][1]()
+    module.forward = lambda *inputs: [y * 2 for y in _listed(compute(module, *inputs))]  # type: ignore[method-assign]
+    rewritten = rewrite(module, given, passes=(rule,), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+
+
+def _listed(made: Any) -> list[Tensor]:
+    return made if isinstance(made, list) else [made]

@@ -5,7 +5,7 @@ import random
 import torch
 from torch.fx import Node
 
-from fxfuse.testing.blocks.block import Block, Sizes, base, normal
+from fxfuse.testing.blocks.block import Block, Sizes, base, normal, projected
 from fxfuse.testing.blocks.norms import zero_centred
 from fxfuse.testing.speller import Speller
 
@@ -62,8 +62,7 @@ def _write_prologue(s: Speller, sizes: Sizes, x: Node, cached: bool) -> list[Nod
     y = s.transpose(s.attend(q, k, v), 1, 2)
     if gate is not None:
         y = s.mul(y, s.sigmoid(gate))
-    y = s.linear(s.reshape(y, batch, length, many * head), sizes["hidden"], name="o_proj")
-    return [s.mul(y, 2)]
+    return [projected(s, y, sizes)]
 
 
 def _draw_one(rng: random.Random) -> Sizes:
@@ -92,13 +91,13 @@ def _query(s: Speller, sizes: Sizes, x: Node) -> Node:
 def _write_shared(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     q = _query(s, sizes, x)
     k, v = (s.repeat_heads(t, sizes["ratio"]) for t in _keys_and_values(s, sizes, sizes["heads"]))
-    return [s.mul(s.attend(q, k, v, _mask(s, sizes)), 2)]
+    return [projected(s, s.transpose(s.attend(q, k, v, _mask(s, sizes)), 1, 2), sizes)]
 
 
 def _write_one_query(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     q = _query(s, sizes, x)
     k, v = _keys_and_values(s, sizes, sizes["heads"] * sizes["ratio"])
-    return [s.mul(s.attend(q, k, v, _mask(s, sizes)), 2)]
+    return [projected(s, s.transpose(s.attend(q, k, v, _mask(s, sizes)), 1, 2), sizes)]
 
 
 BLOCKS = (

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from fxfuse.testing.speller import Speller
 from fxfuse.testing.tensors import integer_tensor
 
-__all__ = ["Block", "Sizes", "base", "normal", "seeded"]
+__all__ = ["Block", "Sizes", "base", "normal", "projected", "seeded"]
 
 Sizes = dict[str, int]
 
@@ -65,6 +65,12 @@ def base(rng: random.Random, **more: int) -> Sizes:
         "hidden": rng.choice((8, 6, 12)),
         **more,
     }
+
+
+def projected(s: Speller, y: Node, sizes: Sizes) -> Node:
+    """y [B, T, …] through an output projection, after which nobody sees how y lay in memory."""
+    flat = s.reshape(y, *s.sizes(y, 2), -1) if len(s.shape(y)) > 3 else y
+    return s.mul(s.linear(flat, sizes["hidden"], name="out_proj"), 2)
 
 
 def seeded(s: Speller, name: str, *shape: int) -> Tensor:

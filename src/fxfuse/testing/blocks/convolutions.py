@@ -4,7 +4,7 @@ import random
 
 from torch.fx import Node
 
-from fxfuse.testing.blocks.block import Block, Sizes, base, normal
+from fxfuse.testing.blocks.block import Block, Sizes, base, normal, projected
 from fxfuse.testing.speller import Speller
 
 
@@ -15,14 +15,14 @@ def _draw(rng: random.Random) -> Sizes:
 def _write_causal(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     mixed = s.transpose(x, 1, 2)
     y = s.convolution(mixed, "conv1d", sizes["taps"], causal=True, bias=bool(sizes["bias"]))
-    return [s.mul(s.transpose(s.silu(y) if sizes["silu"] else y, 1, 2), 2)]
+    return [projected(s, s.transpose(s.silu(y) if sizes["silu"] else y, 1, 2), sizes)]
 
 
 def _write_window(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     past = s.input(normal(s, "past", sizes["batch"], sizes["hidden"], sizes["taps"]))
     window = s.cat([past, s.transpose(x, 1, 2)])
     y = s.convolution(window, "conv1d", sizes["taps"], causal=False, bias=bool(sizes["bias"]))
-    return [s.mul(s.silu(y), 2)]
+    return [projected(s, s.transpose(s.silu(y), 1, 2), sizes)]
 
 
 BLOCKS = (

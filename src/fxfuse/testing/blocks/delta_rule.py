@@ -10,7 +10,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.runtime import ops
-from fxfuse.testing.blocks.block import Block, Sizes, base, normal, seeded
+from fxfuse.testing.blocks.block import Block, Sizes, base, normal, projected, seeded
 from fxfuse.testing.blocks.norms import normed
 from fxfuse.testing.speller import Speller
 
@@ -48,7 +48,8 @@ def _chunked_rule(
         q, k = (s.cast(_normalised(s, t), s.dtype, x) for t in (q, k))
     rule = torch.ops.fxfuse.chunk_gated_delta_rule.default
     both = s.call(rule, q, k, v, *gates, None, not normalised)
-    return [s.mul(part, 2) for part in s.parts(both, 2)]
+    out, state = s.parts(both, 2)
+    return [projected(s, out, sizes), s.mul(state, 2)]
 
 
 def _write_gates(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
@@ -145,16 +146,17 @@ def _write_step(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     gate = s.silu(s.cast(s.reshape(z, batch, values, dv), torch.float32))
     y = s.mul(s.mul(s.cast(weight, torch.float32), normed(s, out, 1e-6)), gate)
     row = s.reshape(s.cast(y, s.dtype, x), batch, 1, values * dv)
-    return [s.mul(s.linear(row, sizes["hidden"], name="out_proj"), 2)]
+    return [projected(s, row, sizes)]
 
 
 def _write_recurrence(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     mixed, _, b, a = _rows(s, sizes, x)
-    return [s.mul(s.cast(_moved_on(s, sizes, mixed, b, a), s.dtype, x), 2)]
+    out = s.cast(_moved_on(s, sizes, mixed, b, a), s.dtype, x)
+    return [projected(s, s.reshape(out, sizes["batch"], 1, -1), sizes)]
 
 
 def _write_convolution(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
-    return [s.mul(_convolved(s, sizes, x), 2)]
+    return [projected(s, _convolved(s, sizes, x), sizes)]
 
 
 BLOCKS = (

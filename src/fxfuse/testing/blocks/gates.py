@@ -4,7 +4,7 @@ import random
 
 from torch.fx import Node
 
-from fxfuse.testing.blocks.block import Block, Sizes, base, normal
+from fxfuse.testing.blocks.block import Block, Sizes, base, normal, projected
 from fxfuse.testing.speller import Speller
 
 
@@ -26,7 +26,7 @@ def _write_sigmoid_gate(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     gate = s.reshape(s.linear(x, heads * head, name="gate"), batch, length, heads, head)
     if sizes["joined"]:
         attended, gate = (s.reshape(t, batch, length, heads * head) for t in (attended, gate))
-    return [s.mul(s.mul(attended, s.sigmoid(gate)), 2)]
+    return [projected(s, s.mul(attended, s.sigmoid(gate)), sizes)]
 
 
 BLOCKS = (
