@@ -81,9 +81,10 @@ def _accepted(
     if limit is not None:
         raise Refused(conv, limit)
     miss = Refused(conv, "run on random values it is no causal convolution")
-    ends = [end for end in ends_of(conv) if end.meta["val"].dtype == x.meta["val"].dtype]
     inputs = [x for x in (_unpadded(given), given) if x is not None]  # what is put before may be a state
-    for end, silu, x in product(ends, (True, False), inputs):
+    for x, end, silu in product(inputs, list(ends_of(conv)), (True, False)):
+        if end.meta["val"].dtype != x.meta["val"].dtype:
+            continue
         region = behind([end], {x, *parameters})
         if not judge.equal(region, [end], _operator_on(conv, x, silu), f"{RULE} {silu}"):
             continue
