@@ -49,11 +49,11 @@ def is_exact(close: Any, got: tuple[Tensor, Tensor], exact: tuple[Tensor, Tensor
     close(got[1], exact[1], torch.float32, noise=noise)
 
 
-@settings(profile, max_examples=20)
+@settings(profile, max_examples=16)
 @given(
     st.integers(1, 2),
     LENGTHS,
-    st.sampled_from([(1, 1), (2, 1), (1, 2), (1, 3), (1, 4), (1, 8)]),
+    st.sampled_from([(1, 1), (2, 1), (1, 2), (1, 3), (1, 4)]),
     st.tuples(st.sampled_from([1, 6, 16, 20, 40]), st.sampled_from([1, 5, 16, 18])),
     FLOATS,
     st.tuples(st.booleans(), st.booleans()),
@@ -76,7 +76,7 @@ def test_it_is_the_rule(
     is_exact(close, op.launch(*given_, normalise), exactly(given_, normalise), dtype)
 
 
-@settings(profile, max_examples=10)
+@settings(profile, max_examples=8)
 @given(
     st.lists(st.sampled_from([0, 1, 2, 31, 33, 64, 65]), min_size=1, max_size=4),
     st.sampled_from([torch.int32, torch.int64]),
@@ -92,6 +92,12 @@ def test_packed_sequences_are_those_alone(
     bounds = torch.tensor([0, *lengths]).cumsum(0).to(integers).to(given_[0].device)
     got = op.launch(*given_, True, bounds)
     is_exact(close, got, exactly(given_, True, bounds), dtype)
+
+
+@pytest.mark.parametrize("heads", [(1, 8), (2, 3)])
+def test_many_value_heads_read_one_key_head(make: Any, close: Any, heads: tuple[int, int]) -> None:
+    given_ = drawn(make, 1, 1, 33, heads, 5, 4, torch.float32)
+    is_exact(close, op.launch(*given_, True), exactly(given_, True), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
