@@ -17,11 +17,10 @@ def test_without_passes_no_mutant_is_matched() -> None:
     assert run(range(1, 9), passes=ALL).still_matched > 0
 
 
-def test_every_block_and_with_it_every_pass_has_near_misses() -> None:
+def test_every_block_has_near_misses() -> None:
     tally = run(range(3, 3 + len(SHIPPED) * MUTANTS_EACH, MUTANTS_EACH))
     assert tally.wrong == [] == tally.undone, "\n".join([*tally.wrong, *tally.undone])
     assert set(tally.blocks) == set(SHIPPED)
-    assert {BLOCKS[name].rule for name in tally.blocks} == set(ALL)
     assert (
         tally.still_matched > tally.graphs // 4
     )  # most changes are beside the point: the pass has to see that
@@ -47,6 +46,8 @@ def test_a_mutant_leaves_the_original_alone() -> None:
     assert all(map(torch.equal, before, module(*inputs)))
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("first", range(10_000, 12_000, 500))
 def test_two_thousand_near_misses_stay_right(first: int) -> None:
     tally = run(range(first, first + 500))
