@@ -4,43 +4,66 @@ Before: out, state = chunk_gated_delta_rule(repeat(q, r), repeat(k, r), v, g, β
 After:  out, state = chunk_gated_delta_rule(q, k, v, g, β, state)                         v: [B, T, r·Hk, dv]
 """
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
 from torch.fx import Node
 
+from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, erase
-from fxfuse.patterns import readings
+from fxfuse.passes.regions import Guards, Refused, behind, erase
+from fxfuse.patterns import ops, readings
 
 RULE = "grouped_delta_rule"
 
 
-def _repeat(node: object) -> tuple[Node, int] | None:
-    """What a query or key repeats for each value head of its group, and how often."""
-    if not isinstance(node, Node) or str(node.target) != readings.REPEATED_HEADS:
+def _repeat(judge: Judge, node: object) -> tuple[Node, int, list[Node]] | None:
+    """What a query or key repeats for each value head of its group, how often, and by which calls."""
+    if not isinstance(node, Node) or node.meta["val"].dim() != 4:
         return None
-    source, times, dim = (*node.args, node.kwargs.get("dim"))[:3]
-    if not isinstance(source, Node) or not isinstance(times, int) or dim not in (2, -2):
-        return None
-    return source, times
+    if str(node.target) == readings.REPEATED_HEADS:
+        given, times, dim = (*node.args, node.kwargs.get("dim"))[:3]
+        if isinstance(given, Node) and isinstance(times, int) and dim in (2, -2):
+            return given, times, [node]
+    heads, source = node.meta["val"].shape[2], node
+    while str(source.target) in readings.REPEATS | ops.LAYOUT and isinstance(source.args[0], Node):
+        source = source.args[0]
+        few = source.meta["val"].shape[2] if source.meta["val"].dim() == 4 else heads
+        if not isinstance(few, int) or not isinstance(heads, int) or few >= heads or heads % few:
+            continue
+        region, times = behind([node], {source}), heads // few
+
+        def repeated(values: Mapping[Node, Any], read: Node = source, times: int = times) -> Sequence[Tensor]:
+            return [values[read].repeat_interleave(times, dim=2)]
+
+        if judge.equal(region, [node], repeated, f"repeat {times}"):
+            return source, times, region
+    return None
 
 
 def run(program: Program) -> Outcome:
     """Let every chunked delta rule read its queries and keys as they were before they were repeated."""
-    outcome, guards = Outcome(), Guards(program)
+    outcome, guards, judge = Outcome(), Guards(program), Judge()
     repeats: list[Node] = []
     for rule in program.calls(readings.CHUNKED_DELTA_RULE):
-        query, key = (_repeat(arg) for arg in rule.args[:2])
+        try:
+            query, key = (_repeat(judge, arg) for arg in rule.args[:2])
+        except Refused as refusal:
+            outcome.misses.append(Miss(RULE, module_path(rule), refusal.node.name, refusal.reason))
+            continue
         if query is None or key is None or query[1] != key[1]:
             continue
         given: list[Node] = [arg for arg in rule.args[:2] if isinstance(arg, Node)]
         dtypes = {node.meta["val"].dtype for node in given}
-        region = sorted({*given, rule}, key=guards.position.__getitem__)
+        region = sorted({*query[2], *key[2], rule}, key=guards.position.__getitem__)
         reason = guards.reason(region, [rule, *given], dtypes)
         if reason is not None:
             outcome.misses.append(Miss(RULE, module_path(rule), reason[0].name, reason[1]))
             continue
         rule.args = (query[0], key[0], *rule.args[2:])
-        repeats += given
+        repeats += [n for n in region if n is not rule]
         outcome.matches.append(Match(RULE, module_path(rule), (), f"heads repeated {query[1]} times → once"))
     erase(program, repeats)
     return outcome

@@ -72,6 +72,20 @@ def _write_normalised_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     return _chunked_rule(s, sizes, x, _given_gates(s, sizes), normalised=True)
 
 
+def _write_repeated_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    """Every key head repeated for the value heads of its group, before the rule."""
+    batch, length, heads, ratio = (sizes[n] for n in ("batch", "length", "heads", "ratio"))
+    values, gates = heads * ratio, _given_gates(s, sizes)
+    repeated = []
+    for name in ("q", "k"):
+        few = s.reshape(s.linear(x, heads * sizes["key"], name=name), batch, length, heads, sizes["key"])
+        repeated.append(s.transpose(s.repeat_heads(s.transpose(few, 1, 2), ratio), 1, 2))
+    v = s.reshape(s.linear(x, values * sizes["value"], name="v"), batch, length, values, sizes["value"])
+    rule = torch.ops.fxfuse.chunk_gated_delta_rule.default
+    out, state = s.parts(s.call(rule, *repeated, v, *gates, None, True), 2)
+    return [projected(s, out, sizes), s.mul(state, 2)]
+
+
 # One decoded token
 
 
@@ -162,6 +176,13 @@ def _write_convolution(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
 BLOCKS = (
     Block("gates_of_the_delta_rule", "gdn_gates", _draw, _write_gates, exact=False),
     Block("chunked_rule", "chunked_delta_rule", _draw, _write_rule, exact=False),
+    Block(
+        "rule_of_repeated_keys",
+        "grouped_delta_rule",
+        lambda rng: _draw(rng) | {"ratio": rng.choice((2, 3))},
+        _write_repeated_rule,
+        exact=False,
+    ),
     Block("rule_of_normalised_keys", "l2_norm", _draw, _write_normalised_rule, exact=False),
     Block("recurrence", "recurrent_gated_delta_rule", _draw_step, _write_recurrence, exact=False),
     Block("convolution_of_one_token", "causal_conv1d_update", _draw_step, _write_convolution, exact=False),
