@@ -239,9 +239,10 @@ def _per_channel(
     # output channels run along a turned weight's columns, from panel to panel
     panels = [panel.segments for panel in transform.panels]
     turned = [block.transposed for panel in panels for block in panel]
-    if len(panels) > 1 or any(turned):
-        if not all(turned) or any(len(panel) > 1 for panel in panels):
-            raise PlanError(f"{transform.target.name}: its output channels are no rows of scales any more")
+    in_rows = len(panels) == 1 and not any(turned)
+    in_columns = all(turned) and all(len(panel) == 1 for panel in panels)
+    if not in_rows and not in_columns:
+        raise PlanError(f"{transform.target.name}: its output channels are no rows of scales any more")
     rows = RowMap(
         tuple(replace(block, columns=None, transposed=False) for panel in panels for block in panel)
     ).renamed(names)
