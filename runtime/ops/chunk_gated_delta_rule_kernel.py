@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 CHUNK = 32  # tokens; twice as many did not fit the registers of every target
 MAX_KEY_DIM = 256
 LEAST_BLOCK = 16  # of a side of a matrix product
-BLOCK_K = 32
+KEY_BYTES = 64  # of a token that are multiplied at a time
 BLOCK_V = 16
 SCALES = 5  # kinds of factors that the second launch multiplies by
 
@@ -340,7 +340,7 @@ def launch(
     # Of each chunk: its inverted system, the attention inside of it, and factors of its tokens.
     prepared = torch.empty(number, value_heads, 2 * CHUNK + SCALES, CHUNK, dtype=torch.float32, device=device)
     key_width = max(power_of_2(key_dim), LEAST_BLOCK)
-    key_block = min(key_width, BLOCK_K)
+    key_block = min(key_width, KEY_BYTES // query.element_size())
     precision = triton_kernel.dot_precision(query.dtype)
     _prepare_chunks[(number, value_heads)](
         query,
