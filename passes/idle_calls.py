@@ -230,6 +230,8 @@ def _as_value(node: Node, dtypes: dict[Node, Any]) -> Any:
         return None
     if {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded} & set(node.target.tags):
         return None
+    if str(node.target) in ops.WRITES_OF_A_PART:
+        return None  # the value would be a copy of the rest, of a whole cache say
     functional = _overload_like(node.target, name[:-1])
     if functional is None or value is None:
         return None

@@ -1,12 +1,17 @@
 """What is computed of two tensors that are reshaped alike is computed before, and reshaped afterwards.
 
-Before: y = f(reshape(a, s), reshape(b, s), …)      a and b of one shape, views of larger rows perhaps
-After:  y = reshape(f(a, b, …), s)                  nothing is copied
+Before: y = f(reshape(a, s), reshape(b, s), …)      a and b views of larger rows perhaps
+After:  y = reshape(f(a, b, …), s)                  nothing is copied; b is viewed in the shape of a
 """
 
+from collections.abc import Sequence
+from typing import Any
+
+import torch
 from torch.fx import Node
 
 from fxfuse.passes.program import Program
+from fxfuse.passes.regions import call
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes
 from fxfuse.patterns import ops
 
@@ -20,11 +25,26 @@ def reshape_after(program: Program, target: str, keeps_last: bool = False) -> No
         joined: list[Node] = list(node.args[:2])  # type: ignore[arg-type]
         if any(str(n.target) not in JOINS or writes.is_written(n) for n in joined):
             continue
-        sources: list[Node] = [n.args[0] for n in joined]  # type: ignore[misc]
-        shapes = [n.meta["val"].shape for n in sources]
-        last = [shape[-1:] for shape in (shapes[0], joined[0].meta["val"].shape)]
-        if equal_sizes(*shapes) and (not keeps_last or equal_sizes(*last)):
-            _move(program, node, joined, sources)
+        for first in (0, 1):
+            source: Node = joined[first].args[0]  # type: ignore[assignment]
+            other: Node = joined[1 - first].args[0]  # type: ignore[assignment]
+            last = [n.meta["val"].shape[-1:] for n in (source, joined[0])]
+            if keeps_last and not equal_sizes(*last):
+                continue
+            if not equal_sizes(source.meta["val"].shape, other.meta["val"].shape):
+                size = _one_unknown(source.meta["val"].shape)
+                if size is None:
+                    continue
+                with program.graph.inserting_before(node):
+                    other = call(program, node, torch.ops.aten.reshape.default, other, size)
+            _move(program, node, joined, [source, other] if first == 0 else [other, source])
+            break
+
+
+def _one_unknown(shape: Sequence[Any]) -> list[int] | None:
+    """Sizes to reshape to, -1 for one that varies; None where more of them do."""
+    sizes = [size if isinstance(size, int) else -1 for size in shape]
+    return sizes if sizes.count(-1) <= 1 else None
 
 
 def _move(program: Program, node: Node, joined: list[Node], sources: list[Node]) -> None:

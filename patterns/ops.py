@@ -72,6 +72,17 @@ MAYBE_IDENTITY = frozenset(
 )
 
 # Show the memory of their first argument.
+# Write some elements of a memory and leave the others.
+WRITES_OF_A_PART = frozenset(
+    {
+        "aten.index_add_.default",
+        "aten.index_copy_.default",
+        "aten.index_put_.default",
+        "aten.scatter_.src",
+        "aten.scatter_.value",
+    }
+)
+
 VIEWS = frozenset(
     {
         "aten._unsafe_view.default",
