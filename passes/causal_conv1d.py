@@ -58,7 +58,8 @@ def _unpadded(x: Node) -> Node | None:
     source: Any = x.args[0] if str(x.target) in readings.PADDINGS else None
     if str(x.target) == CAT and len(x.args[0]) == 2:  # type: ignore[arg-type]
         source = x.args[0][1]  # type: ignore[index]
-    return source if isinstance(source, Node) and source.meta["val"].dim() == 3 else None
+    value = source.meta["val"] if isinstance(source, Node) else None
+    return source if value is not None and value.dim() == 3 and value.is_floating_point() else None
 
 
 def _operator_on(conv: Node, x: Node, silu: bool) -> Any:

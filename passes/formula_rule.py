@@ -10,7 +10,7 @@ from torch.fx import Node
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, Refused, behind, call, erase
+from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by
 from fxfuse.passes.storage_writes import equal_sizes
 from fxfuse.patterns.formula import Formula
 from fxfuse.patterns.matcher import Bound, matches
@@ -88,6 +88,10 @@ class FormulaRule:
         self, guards: Guards, judge: Judge, region: Sequence[Node], node: Node, bound: Bound
     ) -> tuple[Node, str] | None:
         operands = self._operands(bound)
+        read = read_by(region)
+        unread = next((n for n in _nodes(bound) if n not in read), None)
+        if unread is not None:
+            return node, f"{unread.name} is read by nothing but what another input is computed from"
         values = (o.meta["val"] if isinstance(o, Node) else o for o in operands)
         why = unsupported(self.target, *values)
         if why is not None:

@@ -160,7 +160,7 @@ def readings(found: Candidate) -> Iterator[Reading]:
 
 def _is_conv_weight(node: Node, channels: int) -> bool:
     shape = tuple(node.meta["val"].shape)
-    return shape[0] == channels and (len(shape) == 2 or (len(shape) == 3 and shape[1] == 1))
+    return shape[:1] == (channels,) and (len(shape) == 2 or (len(shape) == 3 and shape[1] == 1))
 
 
 def _is_eps(x: object) -> bool:

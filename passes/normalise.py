@@ -124,6 +124,7 @@ def _one_convolution(program: Program) -> None:
 
 def _kept_dimension(program: Program) -> None:
     """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums."""
+    writes = StorageWrites(program.graph)
     for node in program.calls(ops.UNSQUEEZE):
         reduced, place = node.args
         if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
@@ -131,6 +132,8 @@ def _kept_dimension(program: Program) -> None:
         value, dims = reduced.args[0].meta["val"].dim(), reduced.args[1]  # type: ignore[union-attr]
         keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
         one = isinstance(dims, (list, tuple)) and len(dims) == 1 and not keeps
+        if writes.version(reduced.args[0], reduced) != writes.version(reduced.args[0], node):  # type: ignore[arg-type]
+            continue  # it would be read after the write
         if one and dims[0] % value == place % value:  # type: ignore[index, operator]
             node.target = reduced.target
             node.args = (reduced.args[0], dims, True)
@@ -210,9 +213,10 @@ def _writes_to_the_base(program: Program) -> None:
 def _one_reshape(program: Program) -> None:
     """view(x, s) -> reshape(x, s), reshape(reshape(x, s), t) -> reshape(x, t).
 
-    Unless that memory is written, when a copy would lose the write.
+    Unless that memory is written, when a copy would lose the write, and a view of what was copied show it.
     """
     writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
+    (output,) = program.graph.find_nodes(op="output")
     for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
         if not writes.is_written(node):
             node.target = torch.ops.aten.reshape.default
@@ -230,7 +234,10 @@ def _one_reshape(program: Program) -> None:
         source = node.args[0]
         twice = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
         if twice and not writes.is_written(node) and storage_of(node) not in fixed:
-            node.args = (source.args[0], *node.args[1:])  # type: ignore[union-attr]
+            whole: Node = source.args[0]  # type: ignore[union-attr, assignment]
+            if writes.version(whole, source) != writes.version(whole, output):  # type: ignore[arg-type]
+                continue
+            node.args = (whole, *node.args[1:])
             node.meta.pop("val", None)
             changed = True
     if changed:

@@ -1,10 +1,13 @@
 """A short depthwise convolution becomes shifted products: only such a one, and no less exact."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fxfuse import Rewritten, rewrite
@@ -79,6 +82,72 @@ def test_half_precision_is_summed_in_fp32() -> None:
             error = (rewritten.graph_module(x).double() - exact).abs()
         assert rewritten.graph_module(x).dtype == dtype
         assert bool((error <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all())
+
+
+def convolved(x: Tensor, taps: Tensor, cut: bool = True) -> Tensor:
+    y = F.conv1d(x, taps.to(x.dtype), padding=3, groups=6)
+    return y[..., : x.shape[-1]] if cut else y
+
+
+# Each casts once or more behind the convolution or within what belongs to it.
+CASTS: dict[str, Callable[[Tensor, Tensor, torch.dtype], Tensor]] = {
+    "before the cut": lambda x, w, there: F.silu(convolved(x, w, cut=False).to(there)[..., :9]),
+    "between cut and silu": lambda x, w, there: F.silu(convolved(x, w).to(there)),
+    "behind the silu": lambda x, w, there: F.silu(convolved(x, w)).to(there),
+    "without a silu": lambda x, w, there: convolved(x, w).to(there),
+    "there and back before the silu": lambda x, w, there: F.silu(convolved(x, w).to(there).to(x.dtype)),
+    "there and back behind the silu": lambda x, w, there: F.silu(convolved(x, w)).to(there).to(x.dtype),
+    "around the silu": lambda x, w, there: F.silu(convolved(x, w).to(there)).to(x.dtype),
+    "within the silu": lambda x, w, there: (lambda y: y * torch.sigmoid(y.to(there)))(convolved(x, w)),
+    "like another tensor": lambda x, w, there: F.silu(convolved(x, w).type_as(w.to(there))),
+    "before the padding": lambda x, w, there: F.silu(convolved(x.to(there), w)),
+    "around everything": lambda x, w, there: F.silu(convolved(x.to(there), w)).to(x.dtype),
+    "behind an autocast": lambda x, w, there: F.silu(autocast(convolved, x, w).to(there)),
+}
+
+
+def autocast(function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return function(*given)
+
+
+@pytest.mark.parametrize("where", CASTS)
+@pytest.mark.parametrize("passes", [("causal_conv1d",), (PASS,), ("causal_conv1d", PASS)], ids=" ".join)
+def test_a_cast_around_a_convolution_keeps_its_dtype_and_its_rounding(
+    where: str, passes: tuple[str, ...]
+) -> None:
+    """On small integers the convolution rounds nothing: what differs is a rounding lost or gained."""
+    weight, x = integer_tensor((6, 1, 4), 0), integer_tensor((2, 6, 9), 1)
+
+    class Cast(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            return CASTS[where](x, w, there).transpose(1, 2).mul(2)
+
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+    for own, there in product(kinds, kinds):
+        given = [x.to(own), weight.to(own)]
+        found = rewrite(Cast(), given, passes=passes, dynamic=False)
+        expected, got = Cast()(*given), found.graph_module(*given)
+        assert (got.dtype, got.stride()) == (expected.dtype, expected.stride()), (own, there)
+        assert not [miss for miss in found.report.misses if "undone" in miss.reason], (own, there)
+        coarse = max(torch.finfo(dtype).eps for dtype in (own, got.dtype, torch.float32))
+        error = (got.double() - expected.double()).abs().amax() / expected.double().abs().amax()
+        assert error <= coarse, (own, there, found.report.matched)
+
+
+def test_a_convolution_of_whole_numbers_is_none_of_ours() -> None:
+    """On random values they would all be zero."""
+
+    class Whole(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            before = torch.ones(2, 6, 3)
+            return F.conv1d(torch.cat([before, x], -1), w, groups=6).to(x.dtype).transpose(1, 2) * 2
+
+    given = [torch.arange(108).view(2, 6, 9) % 7, integer_tensor((6, 1, 4), 0)]
+    found = rewrite(Whole(), given, passes=("causal_conv1d",), dynamic=False)
+    assert torch.equal(found.graph_module(*given), Whole()(*given))
+    assert found.report.matched == 0
+    assert [miss.reason for miss in found.report.misses if "undone" in miss.reason] == []
 
 
 def test_with_gradients_the_convolution_stays() -> None:

@@ -136,6 +136,11 @@ def written_inside(x: Tensor, w: Tensor) -> Tensor:
     return x * inverse * w
 
 
+def gated_by_itself(x: Tensor, w: Tensor) -> Tensor:
+    normed = norm(x)
+    return F.silu(normed) * (normed * w)
+
+
 def of_two(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return x * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * w
 
@@ -152,6 +157,7 @@ LEFT: dict[str, tuple[int, Spelling]] = {
     "the mean of cubes": (1, lambda x, w: x * torch.rsqrt(x.pow(3).abs().mean(-1, True) + EPS) * w),
     "two plus the weight": (1, lambda x, w: norm(x) * (2 * (1 + w))),
     "rounded inside to another dtype": (1, lambda x, w: norm(x.half().float()) * w + norm(x).half() * w),
+    "a norm gated by itself": (1, gated_by_itself),
     "half a silu": (2, lambda g, u, w: g * torch.sigmoid(2 * g) * u),
     "a broadcast gate": (2, lambda x, g, w: x * torch.sigmoid(g[..., :1])),
     "a tanh": (2, lambda x, g, w: x * torch.tanh(g)),
@@ -162,7 +168,13 @@ LEFT: dict[str, tuple[int, Spelling]] = {
 def test_what_is_not_quite_the_idiom_stays(name: str) -> None:
     count, function = LEFT[name]
     found = rewrite_and_compare(function, inputs_of(count))
-    if name in ("two plus the weight", "half a silu", "rounded inside to another dtype"):
+    parts = (
+        "two plus the weight",
+        "half a silu",
+        "rounded inside to another dtype",
+        "a norm gated by itself",
+    )
+    if name in parts:
         return  # a part of it is one: what is left computes the same
     assert calls(found) == []
 
@@ -184,7 +196,11 @@ def test_one_gate_for_a_whole_row_is_not_even_a_candidate() -> None:
 
 @pytest.mark.parametrize(
     ("function", "reason"),
-    [(read_twice, "is used by output outside"), (written_between, "writes to what the computation reads")],
+    [
+        (read_twice, "is used by output outside"),
+        (written_between, "writes to what the computation reads"),
+        (gated_by_itself, "is read by nothing but"),
+    ],
 )
 def test_what_stays_is_reported_with_its_node_and_the_reason(function: Spelling, reason: str) -> None:
     report = rewrite(Spelled(function, torch.float32), inputs_of(1), passes=PASSES).report

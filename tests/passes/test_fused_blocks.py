@@ -32,6 +32,7 @@ class Step(nn.Module):
         self.out = parameter(HIDDEN, HV * DV)
         self.taps = parameter(CHANNELS, 1, TAPS)
         self.A_log, self.dt_bias, self.norm = parameter(HV), parameter(HV), parameter(DV)
+        self.gain = parameter()
 
     def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> Any:
         batch = x.shape[0]
@@ -61,6 +62,8 @@ class Step(nn.Module):
         decay, rate = g.exp().reshape(batch, HV, 1, 1), b.sigmoid().reshape(batch, HV, 1)
         if self.change == "twice the rate":
             rate = 2 * rate
+        if self.change == "a scale without dimensions":
+            rate = rate * self.gain
         if self.change == "an intermediate is read":
             seen = decay + 1
         if self.change == "half the precision inside":
@@ -128,6 +131,7 @@ CHANGES = {
     "another epsilon of the l2 norm": "random values",
     "no softplus": "random values",
     "twice the rate": "random values",
+    "a scale without dimensions": "besides its rows and states",
     "an intermediate is read": "used by",
     "half the precision inside": "float16",
     "the state is read in between": "while it is being written",

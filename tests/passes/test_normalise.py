@@ -78,6 +78,27 @@ def test_a_write_after_an_idle_dropout_is_a_write_to_its_input(rewrite_equal: An
     assert "aten.dropout.default" not in normal(rewrite_equal, compute, X.clone())
 
 
+READ_BEFORE: dict[str, Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]] = {
+    "a mean that gets its dimension back": lambda x: (x.mean(-1), lambda m: m.unsqueeze(-1)),
+    "a sum that gets its dimension back": lambda x: (x.sum(1), lambda m: m.unsqueeze(1)),
+    "a copied reshape": lambda x: (x[..., :2].reshape(-1), lambda m: m.reshape(3, 4)),
+    "a copied reshape, back in its shape": lambda x: (x[..., :2].reshape(-1), lambda m: m.reshape(2, 3, 2)),
+    "a flattened copy": lambda x: (x.transpose(0, 1).flatten(), lambda m: m.view(2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("what", READ_BEFORE)
+@pytest.mark.parametrize("late", [False, True])
+def test_what_is_read_before_a_write_is_not_read_after_it(rewrite_equal: Any, what: str, late: bool) -> None:
+    def compute(x: Tensor) -> Tensor:
+        read, spelled = READ_BEFORE[what](x)
+        made = spelled(read) if late else None
+        x.add_(1)
+        return (spelled(read) if made is None else made) * 2
+
+    normal(rewrite_equal, compute, X.clone())
+
+
 def _partly_doubled(y: Tensor) -> Tensor:
     y[0].mul_(2)
     return y + 1
