@@ -31,6 +31,7 @@ def fold_idle_calls(program: Program) -> None:
     writes_to_values(program)
     results_to_values(program)
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    _views_to_reshapes(program, writes)
     shown = layout_shows(program.graph)
     stale: set[Node] = set()
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
@@ -49,6 +50,17 @@ def fold_idle_calls(program: Program) -> None:
         node.meta.pop("val", None)
     if stale:
         program.refresh()
+
+
+def _views_to_reshapes(program: Program, writes: StorageWrites) -> None:
+    """view(x, s) -> reshape(x, s), which needs no strides of x: those of a copy may go with it."""
+    for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
+        if not writes.is_written(node):
+            node.target = torch.ops.aten.reshape.default
+    for node in program.calls(ops.VIEW_AS):
+        sizes = list(node.meta["val"].shape)
+        if not writes.is_written(node) and all(type(size) is int for size in sizes):
+            node.target, node.args = torch.ops.aten.reshape.default, (node.args[0], sizes)
 
 
 def _handed_on(node: Node) -> Node | None:

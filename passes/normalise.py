@@ -132,8 +132,9 @@ def _kept_dimension(program: Program) -> None:
         value, dims = reduced.args[0].meta["val"].dim(), reduced.args[1]  # type: ignore[union-attr]
         keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
         one = isinstance(dims, (list, tuple)) and len(dims) == 1 and not keeps
-        if writes.version(reduced.args[0], reduced) != writes.version(reduced.args[0], node):  # type: ignore[arg-type]
-            continue  # it would be read after the write
+        whole: Node = reduced.args[0]  # type: ignore[assignment]
+        if writes.is_written(node) or writes.version(whole, reduced) != writes.version(whole, node):
+            continue
         if one and dims[0] % value == place % value:  # type: ignore[index, operator]
             node.target = reduced.target
             node.args = (reduced.args[0], dims, True)
@@ -211,20 +212,12 @@ def _writes_to_the_base(program: Program) -> None:
 
 
 def _one_reshape(program: Program) -> None:
-    """view(x, s) -> reshape(x, s), reshape(reshape(x, s), t) -> reshape(x, t).
+    """unflatten(x, d, s) -> reshape(x, …), reshape(reshape(x, s), t) -> reshape(x, t).
 
     Unless that memory is written, when a copy would lose the write, and a view of what was copied show it.
     """
     writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
     (output,) = program.graph.find_nodes(op="output")
-    for node in program.calls(*(ops.RESHAPES - {ops.RESHAPE})):
-        if not writes.is_written(node):
-            node.target = torch.ops.aten.reshape.default
-    for node in program.calls(ops.VIEW_AS):
-        sizes = list(node.meta["val"].shape)
-        if not writes.is_written(node) and all(type(size) is int for size in sizes):
-            node.target = torch.ops.aten.reshape.default
-            node.args = (node.args[0], sizes)
     for node in program.calls(ops.UNFLATTEN):
         sizes, source = list(node.meta["val"].shape), node.args[0]
         made = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)

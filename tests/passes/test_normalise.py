@@ -99,6 +99,24 @@ def test_what_is_read_before_a_write_is_not_read_after_it(rewrite_equal: Any, wh
     normal(rewrite_equal, compute, X.clone())
 
 
+@pytest.mark.parametrize("copy", [lambda x: x.repeat(1, 1, 1), lambda x: torch.cat([x]), lambda x: x * 1])
+@pytest.mark.parametrize("view", [lambda x: x.view(2, 6), lambda x: x.view_as(x.reshape(2, 6))])
+def test_a_view_of_a_copy_that_goes_is_a_reshape(rewrite_equal: Any, copy: Any, view: Any) -> None:
+    names = normal(rewrite_equal, lambda x: view(copy(x[..., 1:3])).sum(0))
+    assert names[0] == "aten.slice.Tensor" and set(names[1:-1]) <= {"aten.reshape.default"}
+    assert names[-1] == "aten.sum.dim_IntList"
+
+
+def test_a_sum_that_is_written_shows_it_with_its_dimension_back(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        total = x.sum(-1)
+        kept = total[..., None]
+        total.copy_(total.flip(0))
+        return kept * 2
+
+    normal(rewrite_equal, compute)
+
+
 def _partly_doubled(y: Tensor) -> Tensor:
     y[0].mul_(2)
     return y + 1
