@@ -386,7 +386,7 @@ class BenchReport:
     skipped: tuple[Skipped, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2)
+        return json.dumps(asdict(self), indent=2, default=str)  # a folder among the settings
 
     @classmethod
     def from_json(cls, text: str) -> "BenchReport":

@@ -191,7 +191,8 @@ def _one_view_of_each(program: Program) -> None:
     bases: dict[Node, Node] = {}
     views: dict[Node, list[Node]] = defaultdict(list)
     for node in list(program.graph.nodes):
-        source = node.args[0] if _hands_on_memory(node) else None
+        reads_memory = str(node.target) in ops.STRIDE_READERS  # whose input has to be in memory
+        source = node.args[0] if _hands_on_memory(node) and not reads_memory else None
         if not isinstance(source, Node) or writes.is_written(node) or output in node.users:
             continue
         base = bases[node] = bases.get(source, source)

@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -154,6 +155,12 @@ def test_json_goes_there_and_back(harness: Any, clock: FakeClock, limit: Any) ->
     assert harness.BenchReport.from_json(text) == report
     with pytest.raises(OptionError, match="schema 0"):
         harness.BenchReport.from_json(json.dumps({**json.loads(text), "schema": 0}))
+
+
+def test_a_folder_among_the_settings_is_written_as_text(harness: Any, clock: FakeClock, limit: Any) -> None:
+    report = report_of(harness, measured(harness, clock, limit), limit)
+    text = dataclasses.replace(report, settings={"folder": Path("a") / "b"}).to_json()
+    assert harness.BenchReport.from_json(text).settings == {"folder": str(Path("a") / "b")}
 
 
 def test_the_printed_report_has_machine_limits_and_every_result(

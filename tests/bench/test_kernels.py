@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fxfuse.runtime.ops import gdn_decode
+from fxfuse.runtime.ops import gdn_decode_kernel
 
 BENCH = Path(__file__).parents[2] / "bench"
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
@@ -64,7 +64,7 @@ def test_no_kernel_spills_at_any_size_for_any_target(kernels: Any, dtype: str) -
     ("target", "head"), [(("cuda", 90), 128), pytest.param(("hip", "gfx942"), 256, marks=pytest.mark.slow)]
 )
 def test_a_spill_is_seen(kernels: Any, monkeypatch: pytest.MonkeyPatch, target: Any, head: int) -> None:
-    monkeypatch.setattr(gdn_decode, "ELEMENTS_PER_WARP", head * head // 2)
+    monkeypatch.setattr(gdn_decode_kernel, "ELEMENTS_PER_WARP", head * head // 2)
     monkeypatch.setattr(kernels, "HEAD", head)
     monkeypatch.setattr(kernels, "works", only(kernels.works, "gdn_decode"))
     (usage,) = kernels.usages(["0.8b"], ["bfloat16"], [target], shapes=[(1, 1)])
