@@ -1,8 +1,8 @@
 """The benchmark harness times interleaved, divides the right way round and keeps its JSON form."""
 
+import dataclasses
 import importlib
 import importlib.util
-import dataclasses
 import json
 import re
 from collections.abc import Callable, Iterator
