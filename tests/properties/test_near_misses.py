@@ -5,8 +5,10 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from near_misses import ALL, MUTANTS_EACH, run
 from spelled_blocks import SHIPPED, spelled
+from torch.fx import GraphModule, symbolic_trace
 
 from fxfuse.testing.blocks import BLOCKS
 from fxfuse.testing.mutants import CHANGES, near_miss
@@ -44,6 +46,25 @@ def test_a_mutant_leaves_the_original_alone() -> None:
         near_miss(module, inputs, random.Random(seed))
     assert module.code == code
     assert all(map(torch.equal, before, module(*inputs)))
+
+
+def test_attention_with_more_values_than_keys_is_no_graph_to_judge_by(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def longer(module: GraphModule, values: object, rng: random.Random) -> str:
+        (attention,) = module.graph.find_nodes(op="call_function", target=F.scaled_dot_product_attention)
+        with module.graph.inserting_before(attention):
+            twice = module.graph.call_function(torch.cat, ([attention.args[2]] * 2, 2))
+        attention.args = (*attention.args[:2], twice)
+        return "twice the values"
+
+    class Attention(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return F.scaled_dot_product_attention(q, k, v)
+
+    monkeypatch.setitem(CHANGES, "longer", longer)
+    with pytest.raises(ValueError, match="no change was found"):
+        near_miss(symbolic_trace(Attention()), list(torch.randn(3, 1, 2, 5, 4)), random.Random(0), ["longer"])
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
+from torch.overrides import TorchFunctionMode
 
 from fxfuse.testing.changes import CHANGES, ImpossibleError
 
@@ -60,7 +61,8 @@ def near_miss(
                 change = CHANGES[kind](mutant, dict(values), rng)
                 mutant.graph.lint()
                 mutant.recompile()
-                with torch.no_grad():  # a call of the module itself would print what fails
+                # a call of the module itself would print what fails
+                with torch.no_grad(), _AttentionOverItsKeys():
                     type(mutant).forward(mutant, *(x.clone() for x in inputs))
             except ImpossibleError:
                 break
@@ -69,6 +71,17 @@ def near_miss(
                 continue
             return Mutant(mutant, kind, change)
     raise ValueError("no change was found that this graph survives")
+
+
+class _AttentionOverItsKeys(TorchFunctionMode):
+    """On a CPU attention with more or fewer values than keys raises nothing, and reads past the end."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "scaled_dot_product_attention" in str(func):
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | (kwargs or {})
+            if named["key"].shape[-2] != named["value"].shape[-2]:
+                raise ValueError("attention needs as many keys as values")
+        return func(*args, **(kwargs or {}))
 
 
 class _Recorder(Interpreter):
