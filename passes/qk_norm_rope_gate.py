@@ -110,6 +110,8 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
         if limit is not None:
             raise Refused(found.query, limit)
         rows = [p.linear for p in (reading.query, reading.key, reading.value) if p.linear in inputs]
+        if any(n not in inputs for n in (*reading.weights, *reading.cos_sin) if n is not None):
+            continue  # a table of angles from which the other one is computed
         order = [inputs.index(n) for n in (*rows, *reading.weights, *reading.cos_sin) if n is not None]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
         name = f"{RULE} {order} {features} {reading.eps}"

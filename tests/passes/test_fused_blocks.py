@@ -395,6 +395,34 @@ def test_a_long_cache_is_no_reason_to_leave_a_prologue(monkeypatch: pytest.Monke
     assert calls(found, "qk_norm_rope_gate") == 1
 
 
+class OneTable(Prologue):
+    """The cosine is the sine, too: of the key as it was given, of the query in the shape of heads."""
+
+    def rotated(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        turned, rest = x[..., :ROTARY], x[..., ROTARY:]
+        first, second = turned.chunk(2, dim=-1)
+        if cos.dim() == 4:
+            (c, c2), (s, s2) = cos.chunk(2, dim=-1), (cos[..., : ROTARY // 2], cos[..., ROTARY // 2 :])
+            return torch.cat([first * c - second * s, second * c2 + first * s2, rest], dim=-1)
+        pair = [torch.einsum("bhtr,btr->bhtr", t, cos) for t in (turned, torch.cat([-second, first], dim=-1))]
+        return torch.cat([pair[0] + pair[1], rest], dim=-1)
+
+    def forward(self, x: Tensor, cos: Tensor) -> Any:  # type: ignore[override]
+        batch, length = x.shape[:2]
+        q, k, v, _ = F.linear(x, self.row).split([NH * D, NKV * D, NKV * D, NH * D], dim=-1)
+        q = self.normed(q.view(batch, length, NH, D), self.q_norm).transpose(1, 2)
+        k = self.normed(k.view(batch, length, NKV, D), self.k_norm).transpose(1, 2)
+        v = v.view(batch, length, NKV, D).transpose(1, 2)
+        q, k = self.rotated(q, cos.unsqueeze(1), cos), self.rotated(k, cos, cos)
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True).sum(1)
+
+
+def test_one_table_of_angles_undoes_no_pass() -> None:
+    given = [torch.randn(2, 5, HIDDEN), torch.randn(2, 5, ROTARY)]
+    found = rewrite_and_compare(OneTable(), given, ["qk_norm_rope_gate"])
+    assert "undone" not in " ".join(miss.reason for miss in found.report.misses)
+
+
 def test_a_query_that_is_read_elsewhere_too_is_the_one_of_the_call() -> None:
     found = rewrite_and_compare(Prologue("the query is read"), attention_inputs(5), ["qk_norm_rope_gate"])
     assert calls(found, "qk_norm_rope_gate") == 1
