@@ -95,18 +95,21 @@ def test_no_tests_lie_inside_the_packages() -> None:
     ]
 
 
-def test_no_machine_paths_are_tracked() -> None:
-    # Spelt in pieces, so that this file does not find itself.
-    machine = re.compile(
-        "|".join(["/" + "work/", "/" + r"home/\w", "/" + r"root\b", "/" + "opt/", "/" + r"Users/\w"])
-    )
+# Spelt in pieces, so that this file does not find itself.
+MACHINE_PATH = "|".join(["/" + "work/", "/" + r"home/\w", "/" + r"root\b", "/" + "opt/", "/" + r"Users/\w"])
+HALF_MERGED = "^(" + "<" * 7 + "|" + ">" * 7 + ") "
+
+
+@pytest.mark.parametrize("unwanted", [MACHINE_PATH, HALF_MERGED], ids=["machine paths", "conflict markers"])
+def test_no_tracked_file_contains(unwanted: str) -> None:
     found = []
     for file in tracked_files():
         try:
             text = file.read_text()
         except UnicodeDecodeError:
             continue
-        found += [f"{file.relative_to(ROOT)}: {match[0]}" for match in machine.finditer(text)]
+        matches = re.finditer(unwanted, text, re.MULTILINE)
+        found += [f"{file.relative_to(ROOT)}: {match[0]}" for match in matches]
     assert found == []
 
 
