@@ -11,7 +11,7 @@ from fxfuse.errors import CheckpointError
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.runtime.families import family_of
 from fxfuse.runtime.headers import read_config, read_plan, read_tensors
-from fxfuse.runtime.layouts.scales import SCALES
+from fxfuse.runtime.layouts.scales import scale_kind
 from fxfuse.runtime.safetensors_file import Entry
 from fxfuse.runtime.streaming import Files, PlannedTensors
 from fxfuse.runtime.template import decoder_on_meta, load_config
@@ -65,7 +65,7 @@ def check_scales(entries: Mapping[str, Entry]) -> None:
 
 def is_scale(name: str) -> bool:
     """Whether a tensor holds scales of FP8 weights, by its name."""
-    return name.rpartition(".")[2] in SCALES
+    return scale_kind(name) is not None
 
 
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

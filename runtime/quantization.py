@@ -8,6 +8,7 @@ from typing import Any
 
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights import TensorSpec
+from fxfuse.runtime.layouts.scales import is_stack, scale_kind
 
 _STRATEGIES = ("tensor", "channel", "block")
 
@@ -82,7 +83,12 @@ _PACKED = {
     "weight_packed": "compressed-tensors",
     "weight_scale_2": "NVFP4",
 }
-_SCALES = {"weight_scale_inv": "FP8", "weight_scale": "FP8 or INT8", "input_scale": "FP8"}
+_SCALES = {
+    "weight_scale_inv": "FP8",
+    "weight_scale": "FP8 or INT8",
+    "input_scale": "FP8",
+    "activation_scale": "FP8",
+}
 
 
 def check_formats(tensors: Iterable[TensorSpec], scheme: Scheme | None) -> None:
@@ -94,8 +100,8 @@ def check_formats(tensors: Iterable[TensorSpec], scheme: Scheme | None) -> None:
     by_leaf: dict[str, str] = {}
     for spec in tensors:
         leaf = spec.name.rpartition(".")[2]
-        by_leaf.setdefault(leaf, spec.name)
-        if leaf == "weight" and (spec.dtype or "").startswith(("int", "uint")):
+        by_leaf.setdefault(scale_kind(spec.name) or leaf, spec.name)
+        if (leaf == "weight" or is_stack(spec.name)) and (spec.dtype or "").startswith(("int", "uint")):
             by_leaf.setdefault("integers", spec.name)
     marks = _PACKED | ({} if scheme is not None else {**_SCALES, "integers": "an unknown method"})
     for leaf, how in marks.items():

@@ -13,13 +13,18 @@ What a scale is for follows from the config and its name, never from its number 
 and a 1x1 block table have one element, too.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from fxfuse.errors import PlanError
 from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, Usage
-from fxfuse.runtime.quantization import Scheme
+
+if TYPE_CHECKING:
+    from fxfuse.runtime.quantization import Scheme
 
 # one number for the inputs of a linear, whatever the scheme of its weight
 _INPUTS = ("input_scale", "activation_scale")
@@ -43,6 +48,15 @@ def scale_name(weight: str, kind: str) -> str:
     if is_stack(weight):
         return f"{weight}_{kind.removeprefix('weight_')}"
     return weight.removesuffix("weight") + kind
+
+
+def scale_kind(name: str) -> str | None:
+    """Which of SCALES a tensor is by its name, beside a weight or beside a stack; None where it is none."""
+    leaf = name.rpartition(".")[2]
+    if leaf in SCALES:
+        return leaf
+    stack = _STACK.match(name)
+    return next((kind for kind in SCALES if stack and name == scale_name(stack[0], kind)), None)
 
 
 def scales_of(weight: str, tensors: Mapping[str, TensorSpec]) -> tuple[str, ...]:

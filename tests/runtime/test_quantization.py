@@ -120,6 +120,29 @@ def test_quantised_weights_of_which_the_config_says_nothing_are_no_plain_rows(
         plan(source, layout)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "leaf", "named"),
+    [
+        (torch.float8_e4m3fn, "_scale_inv", "gate_up_proj_scale_inv: of weights quantised with FP8,"),
+        (torch.float8_e4m3fn, "_scale", "gate_up_proj_scale: of weights quantised with FP8 or INT8"),
+        (torch.float8_e4m3fn, "_input_scale", "gate_up_proj_input_scale: of weights quantised with FP8,"),
+        (torch.int8, "", "(gate_up|down)_proj: of weights quantised with an unknown method"),
+    ],
+)
+def test_stacks_of_which_the_config_says_nothing_are_no_plain_rows(
+    narrow: Any, dtype: torch.dtype, leaf: str, named: str, tmp_path: Path
+) -> None:
+    weights, stack = narrow.state("moe"), "model.layers.0.mlp.experts.gate_up_proj"
+    for name in (stack, stack.replace("gate_up", "down")):
+        weights[name] = weights[name].to(dtype)
+    if leaf:
+        weights[stack + leaf] = torch.ones(4, 1, 1)
+    source = narrow.write(tmp_path / "source", weights, "moe")
+    with pytest.raises(PlanError, match=rf"^model\.layers\.0\.mlp\.experts\.{named}"):
+        convert(source, tmp_path / "there", "per_expert")
+    assert not (tmp_path / "there").exists()
+
+
 def test_inspect_lists_what_it_cannot_plan(narrow: Any, tmp_path: Path) -> None:
     fields = narrow.configs["dense"].to_dict() | {"quantization_config": FORMATS["gptq"]}
     source = narrow.write(tmp_path, quantised("gptq", narrow.state("dense")), fields)

@@ -13,6 +13,7 @@ from fxfuse.errors import CheckpointError, PlanError
 from fxfuse.passes.weights import RowMap, TensorSpec, Transform, all_ranks
 from fxfuse.runtime.convert import convert, differences
 from fxfuse.runtime.layouts.scales import with_scales
+from fxfuse.runtime.load import load_state_dict
 from fxfuse.runtime.plan import plan
 from fxfuse.runtime.quantization import Scheme
 
@@ -239,3 +240,32 @@ def test_nan_in_a_scale_is_found_before_anything_is_written(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=rf"model\.safetensors: {name} holds NaN"):
             convert(source, tmp_path / "there")
         assert not (tmp_path / "there").exists()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "strategy"),
+    [("scale_inv", "block"), ("scale", "tensor"), ("input_scale", "tensor"), ("activation_scale", "tensor")],
+)
+def test_nan_in_the_scales_of_a_stack_is_found(leaf: str, strategy: str, narrow: Any, tmp_path: Path) -> None:
+    """A stack has no leaf of its own: its scales are called by its name."""
+    quantization: dict[str, Any] = {"quant_method": "fp8"}
+    if strategy == "block":
+        quantization["weight_block_size"] = [8, 8]
+    weights, name = narrow.state("moe"), f"model.layers.0.mlp.experts.gate_up_proj_{leaf}"
+    for stack in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        experts, rows, width = weights[stack].shape
+        weights[stack] = weights[stack].to(torch.float8_e4m3fn)
+        if strategy == "block":
+            weights[stack + "_scale_inv"] = torch.ones(experts, -(-rows // 8), -(-width // 8))
+        else:
+            weights[stack + "_scale"] = torch.ones(experts, 1, 1)
+            weights[f"{stack}_{leaf}"] = torch.ones(experts, 1, 1)
+    weights[name] = weights[name] * float("nan")
+    fields = narrow.configs["moe"].to_dict() | {"quantization_config": quantization}
+    source = narrow.write(tmp_path / "source", weights, fields)
+    message = rf"model\.safetensors: {name} holds NaN"
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "there", "per_expert")
+    with pytest.raises(CheckpointError, match=message):
+        load_state_dict(narrow.model("moe"), source)
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
