@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxfuse.errors import CheckpointError
-from fxfuse.runtime.headers import INDEX, PLAN
+from fxfuse.runtime.headers import INDEX, PLAN, check_inside
 from fxfuse.runtime.safetensors_file import Entry, header_of
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
@@ -24,10 +24,13 @@ Progress = Callable[[int, int], None]
 def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary folder beside `destination` that takes its name at the end, and is gone after a failure.
 
-    What a killed run left behind is removed first. Raises CheckpointError when the destination exists and
-    may not be overwritten, when another run is writing to it, and when the system refuses.
+    What a killed run left in it is removed first. A destination that is replaced is `.NAME.old` until the new
+    one is on the disk; a folder of that name is never removed unless this run put it there. Raises
+    CheckpointError when the destination exists and may not be overwritten, when another run is writing to it,
+    and when the system refuses.
     """
     partial = destination.parent / f".{destination.name}.partial"
+    old = destination.parent / f".{destination.name}.old"
     try:
         there = os.path.lexists(destination)
         if there and not overwrite:
@@ -48,22 +51,29 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         os.close(lock)
         raise CheckpointError(f"{partial}: another run is writing to it; wait for it to end") from error
     try:
+        if there and os.path.lexists(old):
+            raise CheckpointError(
+                f"{old}: is in the way, and may be what a killed run was to replace; move or remove it"
+            )
         _empty(partial)
         yield partial
         os.fsync(lock)
-        _rename(partial, destination)
+        if there:
+            _replace(partial, destination, old)
+        else:
+            os.rename(partial, destination)
     except OSError as error:
         _remove(partial)
         what = f"{error.filename}: " if error.filename else ""
         why = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise CheckpointError(
-            f"{destination}: {what}cannot be written ({why}); nothing is left there"
-        ) from error
+        left = "what was there stays" if there else "nothing is left there"
+        raise CheckpointError(f"{destination}: {what}cannot be written ({why}); {left}") from error
     except BaseException:
         _remove(partial)
         raise
     finally:
         os.close(lock)
+    _flush(destination, old if there else None)
 
 
 def write_tensors(
@@ -101,23 +111,33 @@ def write_tensors(
     return files
 
 
-def carry_files(source: Path, folder: Path) -> list[str]:
-    """Copy what is beside the weights (config, tokenizer, generation settings, licence); the names copied."""
-    carried = []
+def files_beside(source: Path) -> list[Path]:
+    """What is beside the weights: config, tokenizer, generation settings, licence.
+
+    Raises CheckpointError for a folder that cannot be listed and for a link out of it.
+    """
     try:
         beside = sorted(source.iterdir())
     except OSError as error:
         raise CheckpointError(
             f"{source}: cannot be listed ({error}); allow it, or copy the folder"
         ) from error
-    for file in beside:
-        if (
-            file.name == PLAN
-            or file.name.startswith(".")
-            or file.name.endswith(_WEIGHTS)
-            or not file.is_file()
-        ):
-            continue
+    files = [
+        file
+        for file in beside
+        if file.name != PLAN
+        and not file.name.startswith(".")
+        and not file.name.endswith(_WEIGHTS)
+        and file.is_file()
+    ]
+    for file in files:
+        check_inside(source, file)
+    return files
+
+
+def carry_files(files: Sequence[Path], folder: Path) -> list[str]:
+    """Copy files to a folder; the names copied."""
+    for file in files:
         try:
             opened = open(file, "rb")  # noqa: SIM115
         except OSError as error:
@@ -126,8 +146,7 @@ def carry_files(source: Path, folder: Path) -> list[str]:
             shutil.copyfileobj(opened, out)
             out.flush()
             os.fsync(out.fileno())
-        carried.append(file.name)
-    return carried
+    return [file.name for file in files]
 
 
 def write_text(file: Path, text: str) -> None:
@@ -171,19 +190,37 @@ def _write(descriptor: int, data: memoryview) -> None:
         data = data[os.write(descriptor, data) :]
 
 
-def _rename(partial: Path, destination: Path) -> None:
-    """Put the finished folder in its place; the one that was there goes last."""
-    old = destination.parent / f".{destination.name}.old"
-    _remove(old)
-    if destination.exists():
-        os.rename(destination, old)
-    os.rename(partial, destination)
-    parent = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY)
+def _replace(partial: Path, destination: Path, old: Path) -> None:
+    """Put the finished folder in the place of another, which becomes `old`, or stays where that fails."""
+    os.rename(destination, old)
     try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
-    _remove(old)
+        os.rename(partial, destination)
+    except OSError as error:
+        try:
+            os.rename(old, destination)
+        except OSError:
+            raise CheckpointError(
+                f"{destination}: cannot be written ({error}); what was there is in {old}; move it back"
+            ) from error
+        raise
+
+
+def _flush(destination: Path, old: Path | None) -> None:
+    """Make a rename last; the folder that was replaced goes only then."""
+    try:
+        parent = os.open(destination.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    except OSError as error:
+        before = f"; what was there before is in {old}" if old is not None else ""
+        raise CheckpointError(
+            f"{destination}: complete, but its name may not outlast a power failure: {destination.parent} "
+            f"cannot be flushed ({error}){before}; run sync, and look after the disk"
+        ) from error
+    if old is not None:
+        _remove(old)
 
 
 def _empty(folder: Path) -> None:

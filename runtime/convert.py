@@ -11,7 +11,14 @@ from typing import Any
 
 from fxfuse.errors import CheckpointError, OptionError
 from fxfuse.passes.weights import Draft, WeightPlan
-from fxfuse.runtime.checkpoint_writer import Progress, carry_files, new_directory, write_tensors, write_text
+from fxfuse.runtime.checkpoint_writer import (
+    Progress,
+    carry_files,
+    files_beside,
+    new_directory,
+    write_tensors,
+    write_text,
+)
 from fxfuse.runtime.faults import check_scales, read_checked
 from fxfuse.runtime.headers import PLAN, read_config, read_tensors
 from fxfuse.runtime.plan import plan_and_origin
@@ -98,10 +105,11 @@ def convert(
         origin = _after(earlier, planned, entries)
     tensors = PlannedTensors(entries, planned)
     check_scales(entries)
+    beside = files_beside(source)
     _check_room(destination, sum(tensors.describe(name).size for name in tensors.names))
     with new_directory(destination, overwrite) as folder:
         files = write_tensors(folder, tensors, shard_bytes, progress)
-        carried = carry_files(source, folder)
+        carried = carry_files(beside, folder)
         if len(origin):
             write_text(folder / PLAN, origin.to_json() + "\n")
     return Conversion(

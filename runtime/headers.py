@@ -87,22 +87,12 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
         if tensor not in found or found[tensor].file.name != name:
             where = f"it is in {found[tensor].file.name}" if tensor in found else "it is in no file"
             raise CheckpointError(f"{index}: places {tensor} in {name}, but {where}; rebuild the index")
+    if not found:
+        raise CheckpointError(f"{directory}: {sorted(contents)[0]} holds no tensors; fetch it again")
     return found
 
 
-def _entries_of(directory: Path, name: str, expected: list[str]) -> list[Entry]:
-    """The tensors of one file; what is raised names those that the index expects there."""
-    try:
-        _check_inside(directory, directory / name)
-        return read_entries(directory / name)
-    except CheckpointError as error:
-        if not expected:
-            raise
-        more = f" and {len(expected) - 1} more" if len(expected) > 1 else ""
-        raise CheckpointError(f"{error}; by the index it holds {expected[0]}{more}") from error
-
-
-def _check_inside(directory: Path, file: Path) -> None:
+def check_inside(directory: Path, file: Path) -> None:
     """Raises CheckpointError for a link out of the checkpoint, other than into the blobs of a Hub cache."""
     try:
         home, target = directory.resolve(), file.resolve()
@@ -112,6 +102,18 @@ def _check_inside(directory: Path, file: Path) -> None:
     # a link to nothing is reported as what is missing
     if os.path.exists(target) and not target.is_relative_to(home) and not target.is_relative_to(blobs):
         raise CheckpointError(f"{file}: a link out of the checkpoint, to {target}; copy the file there")
+
+
+def _entries_of(directory: Path, name: str, expected: list[str]) -> list[Entry]:
+    """The tensors of one file; what is raised names those that the index expects there."""
+    try:
+        check_inside(directory, directory / name)
+        return read_entries(directory / name)
+    except CheckpointError as error:
+        if not expected:
+            raise
+        more = f" and {len(expected) - 1} more" if len(expected) > 1 else ""
+        raise CheckpointError(f"{error}; by the index it holds {expected[0]}{more}") from error
 
 
 def _weight_map(index: Path) -> Mapping[str, str]:

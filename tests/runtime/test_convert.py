@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fxfuse.errors import CheckpointError, OptionError, PlanError
 from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, WeightPlan, all_ranks
@@ -285,6 +285,29 @@ def test_a_source_that_shrinks_meanwhile_is_an_error(dense: Path, tmp_path: Path
     with pytest.raises(CheckpointError, match=r"model-\d\.safetensors: ends inside of "):
         convert(dense, tmp_path / "there", progress=shrink)
     assert not (tmp_path / "there").exists()
+
+
+def test_a_checkpoint_without_tensors_is_refused(narrow: Any, tmp_path: Path) -> None:
+    source = narrow.write(tmp_path / "source", {})
+    save_file({}, source / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"source: model\.safetensors holds no tensors"):
+        convert(source, tmp_path / "there", "hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_a_link_out_of_the_folder_is_not_carried_along(narrow: Any, tmp_path: Path) -> None:
+    source = narrow.write(tmp_path / "source", narrow.state("dense"))
+    (tmp_path / "secret").write_text("secret")
+    (source / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"notes\.txt: a link out of the checkpoint"):
+        convert(source, tmp_path / "there")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "secret"}
+    # one that stays inside becomes a file
+    (source / "notes.txt").unlink()
+    (source / "notes.txt").symlink_to("tokenizer.json")
+    convert(source, tmp_path / "there")
+    assert (tmp_path / "there" / "notes.txt").read_text() == (source / "tokenizer.json").read_text()
+    assert not (tmp_path / "there" / "notes.txt").is_symlink()
 
 
 # --- differences

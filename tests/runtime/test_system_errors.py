@@ -57,6 +57,63 @@ def test_a_limit_of_the_system_on_files_is_met_like_a_full_disk(source: Path, tm
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
+@pytest.mark.parametrize("back_too", [False, True])
+def test_a_destination_that_cannot_be_replaced_is_not_lost(
+    back_too: bool, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, old = tmp_path / "there", tmp_path / ".there.old"
+    there.mkdir()
+    (there / "precious").write_text("x")
+    rename = os.rename
+
+    def failing(new: Path, name: Path) -> None:
+        if name == there and (back_too or new != old):
+            raise OSError(5, "Input/output error", str(new))
+        rename(new, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint_writer.os, "rename", failing)
+        where = r"what was there is in .*\.there\.old; move it back" if back_too else r"what was there stays"
+        with pytest.raises(CheckpointError, match=rf"there: .*Input/output error.*{where}"):
+            convert(source, there, overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", ".there.old" if back_too else "there"}
+    # and the next run takes nothing that it did not put there
+    convert(source, there, overwrite=True)
+    assert (there / "config.json").exists()
+    assert old.exists() is back_too
+
+
+def test_a_folder_that_is_named_like_a_replaced_one_is_not_removed(source: Path, tmp_path: Path) -> None:
+    there, old = tmp_path / "there", tmp_path / ".there.old"
+    old.mkdir()
+    (old / "precious").write_text("x")
+    convert(source, there)
+    with pytest.raises(CheckpointError, match=r"\.there\.old: is in the way"):
+        convert(source, there, overwrite=True)
+    assert [path.name for path in old.iterdir()] == ["precious"]
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "there", ".there.old"}
+
+
+def test_a_folder_that_cannot_be_flushed_holds_a_complete_destination(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, fsync = tmp_path / "there", os.fsync
+
+    def failing(descriptor: int) -> None:
+        if os.path.samestat(os.fstat(descriptor), tmp_path.stat()):
+            raise OSError(5, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(checkpoint_writer.os, "fsync", failing)
+    with pytest.raises(CheckpointError, match=r"there: complete, but .*Input/output error"):
+        convert(source, there)
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "there"}
+    monkeypatch.undo()
+    convert(source, tmp_path / "expected")
+    for file in (tmp_path / "expected").iterdir():
+        assert (there / file.name).read_bytes() == file.read_bytes()
+
+
 DENIED = {
     "shard": rf"{SHARD}: .*Permission denied.*by the index it holds model\.",
     "config": r"config\.json: .*Permission denied",
