@@ -16,7 +16,7 @@ from torch.fx import Node
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import erase
-from fxfuse.passes.storage_writes import storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, storage_of, written_by
 
 RULE = "cache_lengths"
 COUNTS = ("aten.add_.Tensor", "aten.sub_.Tensor", "aten.copy_.default")
@@ -59,7 +59,11 @@ def run(program: Program) -> Outcome:
             for n in node.all_input_nodes:
                 last_use[storage_of(n)] = node
     together: dict[Any, list[Node]] = defaultdict(list)
+    writes = StorageWrites(program.graph)
     for node in program.calls(*COUNTS):
+        length, sum_ = node.args[:2]
+        if isinstance(sum_, Node) and writes.version(length, sum_) != writes.version(length, node):  # type: ignore[arg-type]
+            continue
         if counts_up(node) and last_use[storage_of(node)] is node and written_by(node) == [node.args[0]]:
             together[step_of(node)].append(node)
     for step, nodes in together.items():

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
@@ -41,6 +43,8 @@ def fold_idle_calls(program: Program) -> None:
         strides = [n.meta["val"].stride() for n in (node, source)]
         anew = not equal_sizes(*strides) and storage_of(node) in shown
         if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed or anew:
+            continue
+        if str(node.target) == ops.NEG and writes.is_written(node.args[0]):  # type: ignore[arg-type]
             continue
         stale |= set(node.users)
         node.replace_all_uses_with(source)
@@ -118,12 +122,12 @@ def writes_to_values(program: Program) -> None:
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
     changed = False
-    dtypes = {node: getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
+    known, mode = _known(program), modes(program.graph, program.grad_enabled)
     for storage, nodes in sharing.items():
-        if storage is None or len(nodes) == 1:
+        if storage is None or len(nodes) == 1 or any(switches_autocast(mode[node]) for node in nodes):
             continue
         position = {node: i for i, node in enumerate(program.graph.nodes)}
-        values = _values_of_writes(nodes, position, dtypes)
+        values = _values_of_writes(program, nodes, position, known)
         if not values or (storage in fixed and not _laid_out_alike(program, nodes, values)):
             continue
         written = nodes[: len(values) + 1]
@@ -145,7 +149,7 @@ def results_to_values(program: Program) -> None:
     """silu_(x[:2]) -> silu(x[:2]) where nobody reads x afterwards, and add(x, y, out=empty) -> add(x, y)."""
     fixed, changed = layout_matters(program.graph), False
     position = {node: i for i, node in enumerate(program.graph.nodes)}
-    dtypes = {node: getattr(node.meta.get("val"), "dtype", None) for node in program.graph.nodes}
+    known, mode = _known(program), modes(program.graph, program.grad_enabled)
     sharing: dict[int | None, list[Node]] = {}
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
@@ -155,12 +159,15 @@ def results_to_values(program: Program) -> None:
         if storage is None or storage in fixed or len(writes) != 1 or not made:
             continue
         (write,) = writes
+        if switches_autocast(mode[write]):
+            continue
         before = nodes[: nodes.index(write)]
         if any(position[user] > position[write] for node in before for user in node.users):
             continue
         if any(not isinstance(user.meta.get("val"), Tensor) for node in before for user in node.users):
             continue
-        target = _without_out(write) if "out" in write.kwargs else _as_value(write, dtypes)
+        target = _without_out(program, write, known) if "out" in write.kwargs else None
+        target = target or _as_value(program, write, known)
         if target is not None:
             write.target = target
             write.kwargs = {key: value for key, value in write.kwargs.items() if key != "out"}
@@ -171,11 +178,32 @@ def results_to_values(program: Program) -> None:
         program.refresh()
 
 
-def _without_out(node: Node) -> Any:
+Known = dict[Node, Any]
+
+
+def _known(program: Program) -> Known:
+    """What is known of every node, also of those that are changed before they are computed anew."""
+    return {node: node.meta.get("val") for node in program.graph.nodes}
+
+
+def _gives(program: Program, node: Node, function: Any, known: Known) -> bool:
+    """Whether an overload gives, of the call's arguments, the dtype and sizes of the memory written to."""
+    kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+    given, options = map_arg((node.args, kwargs), known.__getitem__)
+    with program.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
+        try:
+            made = function(*given, **options)
+        except (RuntimeError, TypeError):
+            return False
+    own = known[node]
+    return made.dtype == own.dtype and equal_sizes(made.shape, own.shape)
+
+
+def _without_out(program: Program, node: Node, known: Known) -> Any:
     """The overload that returns what this one writes to memory made for it, all of one dtype."""
     out, target = node.kwargs["out"], node.target
-    known = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
-    if not known or not isinstance(out, Node) or written_by(node) != [out]:
+    is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
+    if not is_aten or not isinstance(out, Node) or written_by(node) != [out]:
         return None
     empty, values = str(out.target).startswith("aten.empty"), [n.meta["val"] for n in node.all_input_nodes]
     if not empty or len({v.dtype for v in values}) > 1 or node.meta["val"].shape != out.meta["val"].shape:
@@ -183,7 +211,8 @@ def _without_out(node: Node) -> Any:
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::"))  # type: ignore[union-attr]
     wanted = _types(target)[:-1]  # type: ignore[arg-type]
     overloads = [getattr(packet, each) for each in packet.overloads()]
-    return next((overload for overload in overloads if _types(overload) == wanted), None)
+    value = next((overload for overload in overloads if _types(overload) == wanted), None)
+    return value if value is not None and _gives(program, node, value, known) else None
 
 
 def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
@@ -195,7 +224,9 @@ def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
         program.graph.erase_node(root)
 
 
-def _values_of_writes(nodes: list[Node], position: dict[Node, int], dtypes: dict[Node, Any]) -> list[Any]:
+def _values_of_writes(
+    program: Program, nodes: list[Node], position: dict[Node, int], known: Known
+) -> list[Any]:
     """What the writes compute, for memory that one node makes and others then write as a whole.
 
     Views of it may follow the last write; nothing for any other memory.
@@ -213,7 +244,7 @@ def _values_of_writes(nodes: list[Node], position: dict[Node, int], dtypes: dict
         is_list = not isinstance(user.meta.get("val"), Tensor) and position[user] < position[writes[-1]]
         if user not in writes and (is_list or any(n in nodes for n in written_by(user))):
             return []
-    values = [_as_value(node, dtypes) for node in writes]
+    values = [_as_value(program, node, known) for node in writes]
     return [] if any(value is None for value in values) else values
 
 
@@ -232,12 +263,12 @@ def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> b
     return True
 
 
-def _as_value(node: Node, dtypes: dict[Node, Any]) -> Any:
+def _as_value(program: Program, node: Node, known: Known) -> Any:
     """The overload that returns what this one writes to its first argument, None where there is none."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
     name = node.target._schema.name.removeprefix("aten::")
-    written, value = written_by(node), node.meta.get("val")
+    written = written_by(node)
     if not name.endswith("_") or name.endswith("__") or written != [node.args[0]] or node.kwargs.get("out"):
         return None
     if {torch.Tag.inplace_view, torch.Tag.nondeterministic_seeded} & set(node.target.tags):
@@ -245,12 +276,7 @@ def _as_value(node: Node, dtypes: dict[Node, Any]) -> Any:
     if str(node.target) in ops.WRITES_OF_A_PART:
         return None  # the value would be a copy of the rest, of a whole cache say
     functional = _overload_like(node.target, name[:-1])
-    if functional is None or value is None:
-        return None
-    others = [dtype for n in node.all_input_nodes[1:] if (dtype := dtypes[n]) is not None]
-    if any(torch.promote_types(dtype, value.dtype) != value.dtype for dtype in others):
-        return None  # the value would have the wider dtype
-    return functional
+    return functional if functional is not None and _gives(program, node, functional, known) else None
 
 
 def _overload_like(target: torch._ops.OpOverload, name: str) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxfuse.passes.modes import modes
+from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
 from fxfuse.patterns import ops
@@ -24,13 +24,18 @@ def spell_linears(program: Program) -> None:
     for node in program.calls(ops.EINSUM):
         _permute_of_einsum(program, node)
     changed = False
+    mode = modes(program.graph, program.grad_enabled)
+    values = {node: _value(node) for node in program.graph.nodes}
     for node in program.calls(*ops.PRODUCTS):
         found = _operands(node)
-        if found is not None and not any(writes.is_written(n) for n in found if n is not None):
+        if found is None or not _has_rows_of(values, node, *found[:2]):
+            continue
+        if str(node.target) == ops.MV and switches_autocast(mode[node]):
+            continue  # which leaves it alone, and would not leave a linear
+        if not any(writes.is_written(n) for n in found if n is not None):
             _become_linear(node, *found)
             changed = True
-    mode = modes(program.graph, program.grad_enabled)
-    sums = {found[0]: found for n in program.calls(*ops.ADDS) if (found := _biased(writes, mode, n))}
+    sums = {found[0]: found for n in program.calls(*ops.ADDS) if (found := _biased(writes, mode, values, n))}
     for linear, node, bias in sums.values():
         if all(len(n.args) > 2 or n in sums for n in _readers(linear.args[0])):
             _become_linear(node, linear.args[0], linear.args[1], bias)  # type: ignore[arg-type]
@@ -62,6 +67,8 @@ def _untransposed(node: Any) -> Node | None:
         source = source.args[0]
     own = _value(source)
     if own is None or own.dim() != 2 or storage_of(source) != storage_of(node) or own.dtype != value.dtype:
+        return None
+    if own.is_conj() != value.is_conj() or own.is_neg() != value.is_neg():
         return None
     turned = zip((*value.shape, *value.stride()), (*own.shape[::-1], *own.stride()[::-1]), strict=True)
     same = all(statically_known_true(a == b) for a, b in turned)
@@ -229,7 +236,17 @@ def _become_linear(node: Node, x: Node, weight: Node, bias: Node | None) -> None
     node.meta.pop("val", None)
 
 
-def _biased(writes: StorageWrites, mode: dict[Node, Hashable], node: Node) -> tuple[Node, Node, Node] | None:
+def _has_rows_of(values: dict[Node, Tensor | None], node: Node, x: Node, weight: Node) -> bool:
+    """Whether a product has the sizes of linear(x, weight): no batch of the weight's own."""
+    own, rows, features = values[node], values[x], values[weight]
+    if own is None or rows is None or features is None:
+        return False
+    return equal_sizes(own.shape, (*rows.shape[:-1], features.shape[0]))
+
+
+def _biased(
+    writes: StorageWrites, mode: dict[Node, Hashable], values: dict[Node, Tensor | None], node: Node
+) -> tuple[Node, Node, Node] | None:
     """The linear, the sum and the bias of linear(x, w) + b, where nobody else reads the sum without b."""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:
         return None
@@ -243,7 +260,8 @@ def _biased(writes: StorageWrites, mode: dict[Node, Hashable], node: Node) -> tu
             continue
         if any(writes.is_written(n) for n in (node, linear, bias, weight, linear.args[0])):  # type: ignore[arg-type]
             continue
-        if mode[node] == mode[linear] and node.meta["val"].dtype == bias.meta["val"].dtype:
+        dtypes = {value.dtype for n in (node, linear, bias) if (value := values[n]) is not None}
+        if mode[node] == mode[linear] and len(dtypes) == 1:
             return linear, node, bias
     return None
 

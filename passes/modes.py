@@ -28,6 +28,11 @@ def grad_enabled_at(node: Node, at_entry: bool) -> bool:
     return bool(before[-1].args[0]) if before else at_entry
 
 
+def switches_autocast(mode: Hashable) -> bool:
+    """Whether a node of this mode runs under an autocast that the graph enters."""
+    return isinstance(mode, tuple) and bool(mode[1])
+
+
 def modes(graph: Graph, grad_enabled: bool) -> dict[Node, Hashable]:
     """For each node a value that is equal for exactly the nodes that run under the same modes."""
     grad = grad_enabled

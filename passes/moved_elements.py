@@ -31,6 +31,8 @@ def spell_moved_elements(program: Program) -> None:
             continue
         if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
             continue
+        if any(str(n.target) in ops.ARANGE and writes.is_written(n) for n in node.all_input_nodes):
+            continue
         if str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)
         else:

@@ -17,7 +17,7 @@ from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
 from fxfuse.passes.modes import sets_grad_mode
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, same_memory, storage_of, written_by
+from fxfuse.passes.storage_writes import StorageWrites, layout_shows, same_memory, storage_of, written_by
 from fxfuse.patterns import ops
 
 
@@ -81,7 +81,8 @@ def _one_name(program: Program) -> None:
             node.target = getattr(getattr(torch.ops.aten, name), overload)
     for node in program.calls(*ops.SUBTRACTED_FROM):
         x, number = node.args[:2]
-        if len(node.args) == 2 and not node.kwargs and type(number) in (int, float) and number == 0:
+        is_zero = len(node.args) == 2 and not node.kwargs and type(number) in (int, float) and number == 0
+        if is_zero and node.meta["val"].dtype == x.meta["val"].dtype:  # type: ignore[union-attr]
             node.target, node.args = torch.ops.aten.neg.default, (x,)
     for node in program.calls(ops.MUL, ops.DIV):
         pairs = (node.args, node.args[::-1]) if str(node.target) == ops.MUL else (node.args,)
@@ -217,7 +218,7 @@ def _one_reshape(program: Program) -> None:
 
     Unless that memory is written, when a copy would lose the write, and a view of what was copied show it.
     """
-    writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
+    writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), False
     (output,) = program.graph.find_nodes(op="output")
     for node in program.calls(ops.UNFLATTEN):
         sizes, source = list(node.meta["val"].shape), node.args[0]
@@ -227,7 +228,7 @@ def _one_reshape(program: Program) -> None:
     for node in program.calls(ops.RESHAPE):
         source = node.args[0]
         twice = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
-        if twice and not writes.is_written(node) and storage_of(node) not in fixed:
+        if twice and not writes.is_written(node) and storage_of(node) not in shown:
             whole: Node = source.args[0]  # type: ignore[union-attr, assignment]
             if writes.version(whole, source) != writes.version(whole, output):  # type: ignore[arg-type]
                 continue

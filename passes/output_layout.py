@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program
@@ -22,12 +23,12 @@ def restore_output_layout(program: Program, given: Program) -> Outcome:
     """Copy each output whose strides have another order than in `given`, if its memory is its own."""
     outcome = Outcome()
     (output,), (before,) = (p.graph.find_nodes(op="output") for p in (program, given))
-    results, wanted = output.all_input_nodes, before.all_input_nodes
+    results, wanted = ([n for n in tree_leaves(o.args) if isinstance(n, Node)] for o in (output, before))
     if len(results) != len(wanted):
         return outcome
-    taken = [storage_of(n) for n in (*program.placeholders(), *results)]
+    taken = [storage_of(n) for n in (*program.placeholders(), *dict.fromkeys(results))]
     copies: dict[Node, Node] = {}
-    for node, old in zip(results, wanted, strict=True):
+    for node, old in dict(zip(results, wanted, strict=True)).items():
         value, order = node.meta.get("val"), _order(old.meta.get("val"))
         if order is None or not isinstance(value, Tensor) or value.dim() != len(order):
             continue

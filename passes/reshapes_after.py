@@ -25,6 +25,8 @@ def reshape_after(program: Program, target: str, keeps_last: bool = False) -> No
         joined: list[Node] = list(node.args[:2])  # type: ignore[arg-type]
         if any(str(n.target) not in JOINS or writes.is_written(n) for n in joined):
             continue
+        if any(writes.version(n.args[0], n) != writes.version(n.args[0], node) for n in joined):  # type: ignore[arg-type]
+            continue  # what was copied has been written since
         for first in (0, 1):
             source: Node = joined[first].args[0]  # type: ignore[assignment]
             other: Node = joined[1 - first].args[0]  # type: ignore[assignment]

@@ -35,6 +35,7 @@ def same_layout(value: Any, other: Any) -> bool:
         isinstance(value, torch.Tensor)
         and isinstance(other, torch.Tensor)
         and (value.dtype, value.device) == (other.dtype, other.device)
+        and (value.is_conj(), value.is_neg()) == (other.is_conj(), other.is_neg())
         and equal_sizes(value.shape, other.shape)
         and equal_sizes(value.stride(), other.stride())
         and equal_sizes([value.storage_offset()], [other.storage_offset()])
@@ -129,7 +130,7 @@ def layout_shows(graph: Graph) -> set[int | None]:
     found = layout_matters(graph)
     for node in reversed(graph.nodes):
         pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-        if pointwise and storage_of(node) in found:
+        if (pointwise or str(node.target) in ops.KEEP_ORDER) and storage_of(node) in found:
             found |= {storage_of(value) for value in node.all_input_nodes} - {None}
     return found
 

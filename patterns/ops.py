@@ -71,7 +71,6 @@ MAYBE_IDENTITY = frozenset(
     }
 )
 
-# Show the memory of their first argument.
 # Write some elements of a memory and leave the others.
 WRITES_OF_A_PART = frozenset(
     {
@@ -83,6 +82,7 @@ WRITES_OF_A_PART = frozenset(
     }
 )
 
+# Show the memory of their first argument.
 VIEWS = frozenset(
     {
         "aten._unsafe_view.default",
@@ -108,6 +108,9 @@ VIEWS = frozenset(
         "aten.view_as.default",
     }
 )
+
+# Lay their result out in the order of their input's memory, as pointwise calls do.
+KEEP_ORDER = frozenset({"aten.clone.default", "aten.dropout.default", "aten.to.dtype"})
 
 # Answer by the strides or the offset of their input, not by its elements alone.
 STRIDE_READERS = frozenset(

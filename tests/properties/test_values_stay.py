@@ -1,0 +1,152 @@
+"""What looks like a respelling and is none: dtypes, conjugates, batches and writes in between stay."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfuse import rewrite
+
+
+def conjugated(x: Tensor) -> Tensor:
+    turned = torch.view_as_complex(x.reshape(6, 2, 2))
+    return torch.view_as_real(torch.view_as_complex(x.reshape(6, 2, 2)) * turned.conj())
+
+
+def compared_in_place(x: Tensor) -> Tensor:
+    y = x.clone()
+    y.lt_(0.5)
+    return y + y
+
+
+def joined_in_place(x: Tensor) -> Tensor:
+    return torch.ones_like(x).logical_and_(x > 0) - 0.5
+
+
+def counted_in_place(x: Tensor) -> Tensor:
+    counts = (x > 0).int() * 2
+    counts.cumsum_(0)
+    return counts * 1
+
+
+def compared_into(x: Tensor) -> Tensor:
+    return torch.lt(x, x * 2, out=torch.empty_like(x)) + 1
+
+
+def written_indices(x: Tensor) -> Tensor:
+    places = torch.arange(3)
+    places[0] = 2
+    return x.index_select(1, places) + x[:, places]
+
+
+def written_negative(x: Tensor) -> Tensor:
+    y = -x
+    y[0] = 5.0
+    return (-y) * 2
+
+
+def zero_minus_counts(x: Tensor) -> Tensor:
+    return (0.0 - torch.arange(4)) * x
+
+
+def strides_behind_a_product(x: Tensor) -> Tensor:
+    return (x.t().reshape(-1).reshape(6, 4) * 2).as_strided((4,), (1,), 0)
+
+
+def strides_behind_a_cast(x: Tensor) -> Tensor:
+    return x.t().index_select(1, torch.arange(2)).to(torch.float64).as_strided((4,), (1,), 0)
+
+
+def gated_behind_a_write(x: Tensor) -> Tensor:
+    memory = x.clone().reshape(2, 3, 4)
+    row = memory.transpose(1, 2).reshape(2, -1)
+    memory.add_(1)
+    return row * torch.sigmoid(row) * 2
+
+
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    conjugated,
+    compared_in_place,
+    joined_in_place,
+    counted_in_place,
+    compared_into,
+    written_indices,
+    written_negative,
+    zero_minus_counts,
+    strides_behind_a_product,
+    strides_behind_a_cast,
+    gated_behind_a_write,
+]
+
+
+class Beside(nn.Module):
+    """A function, and two linears beside it, so that there is something to rewrite."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.q, self.k = nn.Linear(4, 5), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.function(x), self.q(x), self.k(x)
+
+
+def check(module: nn.Module, x: Tensor, target: str = "cpu") -> None:
+    expected = module(x.clone())
+    rewritten = rewrite(module, [x.clone()], target=target)
+    assert rewritten.report.matched
+    for got, wanted in zip(rewritten.graph_module(x.clone()), expected, strict=True):
+        assert (got.dtype, got.shape, got.stride()) == (wanted.dtype, wanted.shape, wanted.stride())
+        assert torch.allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["cpu", "cuda"])
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_the_result_is_that_of_eager(function: Callable[[Tensor], Tensor], target: str) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check(Beside(function), torch.randn(6, 4), target)
+
+
+class Batched(Beside):
+    def __init__(self, how: str) -> None:
+        super().__init__(lambda x: x)
+        self.how, self.w = how, nn.Parameter(torch.randn(5, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        turned = self.w.t().unsqueeze(0)
+        y = x @ turned if self.how == "one" else (x @ turned.expand(3, -1, -1)).sum(0)
+        return y, self.q(x), self.k(x)
+
+
+@pytest.mark.parametrize("how", ["one", "several"])
+def test_a_batch_of_one_weight_stays_a_batch(how: str) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check(Batched(how), torch.randn(6, 4))
+
+
+class Autocast(Beside):
+    def __init__(self, how: str) -> None:
+        super().__init__(lambda x: x)
+        self.how, self.w, self.b = how, nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            if self.how == "bias":
+                y = F.linear(x, self.w) + self.b
+            elif self.how == "mv":
+                y = torch.mv(self.w, x[0]) + 1
+            else:
+                y = torch.zeros(6, 6) * 2
+                y.addmm_(x, self.w.t())
+        return y, self.q(x), self.k(x)
+
+
+@pytest.mark.parametrize("how", ["bias", "mv", "in place"])
+def test_autocast_casts_what_it_casts_in_eager(how: str) -> None:
+    torch.manual_seed(0)
+    with torch.no_grad():
+        check(Autocast(how), torch.randn(6, 4))
