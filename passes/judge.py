@@ -172,9 +172,10 @@ def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer | None 
         try:
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except RuntimeError as error:
-            if fewer.batch is None:
-                raise
-            raise Refused(node, f"{node.name} is too large to run it and compare") from error
+            why = (
+                "is too large to run it and compare" if fewer.batch is not None else f"cannot be run: {error}"
+            )
+            raise Refused(node, f"{node.name} {why}") from error
         fewer.check(node, known[node])
     return known
 

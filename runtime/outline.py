@@ -170,7 +170,7 @@ def _look(value: Any, storages: dict[int, int]) -> str:
     memory = storages.setdefault(value.untyped_storage()._cdata, len(storages))
     return (
         f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()} "
-        f"{value.requires_grad} @{memory}"
+        f"{value.requires_grad} {value.is_conj()} {value.is_neg()} @{memory}"
     )
 
 
