@@ -51,13 +51,21 @@ def _check_tensors(
 
 
 def check_scales(entries: Mapping[str, Entry]) -> None:
-    """Raises CheckpointError for a scale that is no number: every weight under it would be lost."""
+    """Raises CheckpointError for a scale that is no number: every weight under it would be lost.
+
+    Raises it as well for a scale of a dtype that torch lacks, which cannot be looked at.
+    """
     with Files() as files:
         unchanged = PlannedTensors(entries, WeightPlan())
         for name, entry in entries.items():
-            if not is_scale(name) or entry.spec.dtype is None:
+            if not is_scale(name):
                 continue
-            dtype = getattr(torch, entry.spec.dtype)
+            dtype = getattr(torch, entry.spec.dtype or "", None)
+            if dtype is None:
+                raise CheckpointError(
+                    f"{entry.file}: {name} has dtype {entry.dtype}, which torch has not; take a checkpoint "
+                    "whose scales are float32, bfloat16 or float8"
+                )
             for piece in unchanged.pieces(name, files):
                 if len(piece) and torch.frombuffer(piece, dtype=dtype).float().isnan().any():
                     raise CheckpointError(f"{entry.file}: {name} holds NaN; fetch the file again")

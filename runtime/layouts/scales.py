@@ -247,6 +247,13 @@ def _per_channel(
     dtype: str | None,
 ) -> Transform | None:
     """The weight's rows, wherever its blocks have them; a rank's columns keep all of them."""
+    for block in (block for panel in transform.panels for block in panel.segments if block.transposed):
+        if is_stack(block.source):
+            raise PlanError(
+                f"{tensors[block.source]}: stored turned, so that its output channels are no rows, and how "
+                f"{tensors[names[block.source]]} belongs to them is not known; take the checkpoint with "
+                "single experts"
+            )
     for name, scale in names.items():
         if tensors[scale].rows * tensors[scale].width != tensors[name].rows:
             raise PlanError(f"{tensors[scale]}: {tensors[name]} needs one scale for each of its rows")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3_5TextConfig
+from transformers import AutoModelForCausalLM, Qwen3_5TextConfig
 
 from fxfuse.errors import CheckpointError, PlanError
 from fxfuse.passes.weights import RowMap, TensorSpec, Transform, all_ranks
@@ -269,3 +269,41 @@ def test_nan_in_the_scales_of_a_stack_is_found(leaf: str, strategy: str, narrow:
     with pytest.raises(CheckpointError, match=message):
         load_state_dict(narrow.model("moe"), source)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("F4", 10), ("F6_E2M3", 15), ("F8_E4M3FNUZ", 20)])
+def test_a_scale_of_a_dtype_that_torch_lacks_is_refused(dtype: str, size: int, tmp_path: Path) -> None:
+    weights, name = weights_of("channel"), f"{L0}mlp.down_proj.weight_scale"
+    weights[name] = torch.zeros(size, dtype=torch.uint8)
+    source = write(tmp_path / "source", "channel", weights)
+    file = source / "model.safetensors"
+    whole = file.read_bytes()
+    end = 8 + int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8:end])
+    header[name] |= {"dtype": dtype, "shape": [20, 1]}
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + whole[end:])
+    message = rf"model\.safetensors: {name} has dtype {dtype}, which torch has not"
+    with pytest.raises(CheckpointError, match=message):
+        convert(source, tmp_path / "there", "fused")
+    assert not (tmp_path / "there").exists()
+    with pytest.raises(CheckpointError, match=message):
+        load_state_dict(AutoModelForCausalLM.from_config(CONFIG), source)
+
+
+def test_scales_of_channels_of_a_turned_stack_are_refused(tmp_path: Path) -> None:
+    """A scale for each row of [E, H, 2I] is one for an input, which no output channel has."""
+    stack = "model.layers.0.mlp.experts."
+    sizes = {"hidden_size": 16, "moe_intermediate_size": 4, "num_experts": 2, "num_hidden_layers": 1}
+    fields = {"model_type": "qwen3_5_moe_text", **sizes, "quantization_config": FIELDS["channel"]}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    for rows in (16, 1):
+        weights = {
+            stack + "gate_up_proj": torch.randn(2, 16, 8).to(torch.float8_e4m3fn),
+            stack + "gate_up_proj_scale": torch.rand(2, rows, 16 // rows),
+            stack + "down_proj": torch.randn(2, 4, 16).to(torch.float8_e4m3fn),
+            stack + "down_proj_scale": torch.rand(2, 4, 1),
+        }
+        save_file(weights, tmp_path / "model.safetensors")
+        with pytest.raises(PlanError, match=r"experts\.gate_up_proj .*: stored turned"):
+            plan(tmp_path, "per_expert")
