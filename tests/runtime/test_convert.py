@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from fxfuse.errors import CheckpointError, OptionError, PlanError
 from fxfuse.passes.weights import RowMap, Rows, TensorSpec, Transform, WeightPlan, all_ranks
-from fxfuse.runtime.convert import convert, differences
+from fxfuse.runtime.convert import _first_difference, convert, differences
 from fxfuse.runtime.headers import read_tensors
 from fxfuse.runtime.plan import plan
 from fxfuse.runtime.safetensors_file import read_entries
@@ -327,6 +329,27 @@ def test_differences_name_each_tensor_and_where(narrow: Any, dense: Path, tmp_pa
     assert f"{name}: differs from byte {3 * 32 + 5} of 768 on" in found
     assert f"flag: only in {dense}" in found
     assert "mtp.fc.weight: BF16 [16, 32], F16 [16, 32]" in found
+
+
+def test_the_first_difference_takes_no_memory_beyond_a_step() -> None:
+    """At the end of a piece, at the start of a later one, and nowhere; pieces are cut differently."""
+    data = bytearray(os.urandom(6 * 2**20 + 3))
+
+    def pieces(of: bytearray, size: int) -> Iterator[memoryview]:
+        return (memoryview(of)[at : at + size] for at in range(0, len(of), size))
+
+    assert _first_difference(pieces(data, 4 * 2**20), pieces(bytearray(data), 5 * 2**20)) is None
+    for at in (0, 2**20, 4 * 2**20 - 1, 4 * 2**20, len(data) - 1):
+        other = bytearray(data)
+        other[at] ^= 1
+        other[-1] ^= 2
+        tracemalloc.start()
+        try:
+            assert _first_difference(pieces(data, 4 * 2**20), pieces(other, 5 * 2**20)) == at
+            assert tracemalloc.get_traced_memory()[1] < 2**20
+        finally:
+            tracemalloc.stop()
+    assert _first_difference(iter(()), iter(())) is None
 
 
 # --- progress
