@@ -3,6 +3,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fxfuse.passes.weights import WeightPlan
 from fxfuse.runtime.families import family_of
 from fxfuse.runtime.headers import read_config, read_plan, read_tensors
 from fxfuse.runtime.layouts.scales import scale_kind
+from fxfuse.runtime.quantization import fields_of, scheme_of
 from fxfuse.runtime.safetensors_file import Entry
 from fxfuse.runtime.streaming import Files, PlannedTensors
 from fxfuse.runtime.template import decoder_on_meta, load_config
@@ -20,7 +22,8 @@ from fxfuse.runtime.template import decoder_on_meta, load_config
 def read_checked(directory: Path) -> tuple[dict[str, Entry], WeightPlan | None]:
     """A checkpoint's tensors, which fit its config, and the plan that it was made with, if any.
 
-    Raises UnsupportedModelError for a family that is not known, and CheckpointError.
+    Raises UnsupportedModelError for a family that is not known, PlanError for packed weights in a format
+    that the config names and for damaged fields of its quantization_config, and CheckpointError.
     """
     config, entries = read_config(directory), read_tensors(directory)
     family_of(config.get("model_type"))
@@ -32,7 +35,13 @@ def read_checked(directory: Path) -> tuple[dict[str, Entry], WeightPlan | None]:
 def _check_tensors(
     config: Mapping[str, Any], entries: Mapping[str, Entry], earlier: WeightPlan | None
 ) -> None:
-    """Raises CheckpointError for a decoder's weight that holds no floats or has not the config's shape."""
+    """Raises CheckpointError for a decoder's weight that holds no floats or has not the config's shape.
+
+    Raises PlanError where it holds none because of a format that the config names, and for damaged fields of
+    its quantization_config.
+    """
+    given = SimpleNamespace(**config)
+    fields_of(given)
     shapes = _expected_shapes(config)
     # what an earlier conversion made has shapes of its own
     for target in earlier.targets if earlier is not None else ():
@@ -42,6 +51,8 @@ def _check_tensors(
         if shape is None:
             continue
         if not entry.dtype.startswith(("F", "BF")):
+            # packed values are no fault of the file: the format that the config names says more
+            scheme_of(given)
             raise CheckpointError(f"{entry.file}: {name} has dtype {entry.dtype}; a weight holds floats")
         if shape != entry.spec.shape:
             raise CheckpointError(

@@ -37,34 +37,28 @@ class Scheme:
 
 
 def scheme_of(config: Any) -> Scheme | None:
-    """The scheme of a config, None for plain weights; raises PlanError that names any other format.
+    """The scheme of a config, None for plain weights.
+
+    Raises PlanError that names any other format, or the field that is not of its type.
 
     `config` is a transformers config, or a namespace with the fields of a config.json.
     """
-    fields = getattr(config, "quantization_config", None)
-    if fields is None:
-        text = getattr(config, "text_config", None)
-        fields = (
-            text.get("quantization_config")
-            if isinstance(text, dict)
-            else getattr(text, "quantization_config", None)
-        )
+    fields = fields_of(config)
     if fields is None:
         return None
-    fields = fields if isinstance(fields, Mapping) else vars(fields)
     method = fields.get("quant_method", "")
     method = str(getattr(method, "value", method)).lower()  # transformers' configs hold an enum
     if method == "fp8":
         plain = fields.get("modules_to_not_convert") or ()
         scheme = _of_blocks("fp8", fields.get("weight_block_size"), "tensor")
-        return replace(scheme, plain=tuple(map(str, plain)), powers_of_two=fields.get("scale_fmt") == "ue8m0")
+        return replace(scheme, plain=tuple(plain), powers_of_two=fields.get("scale_fmt") == "ue8m0")
     if method == "compressed-tensors":
         return _of_compressed_tensors(fields)
     if method == "modelopt" and str(fields.get("quant_algo")).upper() == "FP8":
         # ModelOpt writes shell patterns, compressed-tensors' form of its config a list of the same
         plain = fields.get("exclude_modules") or fields.get("ignore") or ()
         return Scheme(
-            "modelopt FP8", "tensor", plain=tuple("re:" + fnmatch.translate(str(name)) for name in plain)
+            "modelopt FP8", "tensor", plain=tuple("re:" + fnmatch.translate(name) for name in plain)
         )
     name = str(fields.get("quant_algo") or method or fields.get("gguf_file") or "an unknown method")
     raise PlanError(f"weights quantised with {name}: {_REASON}")
@@ -113,6 +107,62 @@ def check_formats(tensors: Iterable[TensorSpec], scheme: Scheme | None) -> None:
             )
 
 
+def fields_of(config: Any) -> Mapping[str, Any] | None:
+    """The fields of a config's quantization_config, or of that of its text part; None where it has none.
+
+    Raises PlanError that names a field which is read further and is not of its type.
+    """
+    field = "quantization_config"
+    found = getattr(config, field, None)
+    if found is None:
+        text = getattr(config, "text_config", None)
+        found = text.get(field) if isinstance(text, dict) else getattr(text, field, None)
+    if found is None:
+        return None
+    # transformers' configs hold an object
+    fields = _object(field, found if isinstance(found, Mapping) else getattr(found, "__dict__", found))
+    for name in _NAMES:
+        _check_names(f"{field}.{name}", fields.get(name))
+    groups = fields.get("config_groups")
+    for name, group in _object(f"{field}.config_groups", {} if groups is None else groups).items():
+        where = f"{field}.config_groups.{name}"
+        weights = _object(where, group).get("weights")
+        weights = _object(f"{where}.weights", {} if weights is None else weights)
+        for key, (kind, said) in _OF_GROUPS.items():
+            if not isinstance(weights.get(key), kind | None):
+                raise _not(f"{where}.weights.{key}", weights[key], said)
+    return fields
+
+
+# lists of modules that are left as they are, and what is read of a group of compressed-tensors
+_NAMES = ("modules_to_not_convert", "exclude_modules", "ignore")
+_OF_GROUPS = {"type": (str, "string"), "num_bits": (int, "number"), "strategy": (str, "string")}
+
+
+def _object(field: str, value: Any) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise _not(field, value, "object of fields")
+    return value
+
+
+def _check_names(field: str, value: Any) -> None:
+    names = () if value is None else value
+    # a string would be a list of its letters
+    if not isinstance(names, list | tuple | set) or not all(isinstance(name, str) for name in names):
+        raise _not(field, value, "list of names")
+    for name in names:
+        if not name.startswith("re:"):
+            continue
+        try:
+            re.compile(name.removeprefix("re:"))
+        except re.error as error:
+            raise _not(field, name, f"regular expression ({error})") from error
+
+
+def _not(field: str, value: Any, said: str) -> PlanError:
+    return PlanError(f"{field}: {value!r} is no {said}; fetch the checkpoint's config.json again")
+
+
 def _is_meant(name: str, pattern: str) -> bool:
     if pattern.startswith("re:"):
         return re.match(pattern.removeprefix("re:"), name) is not None
@@ -120,8 +170,7 @@ def _is_meant(name: str, pattern: str) -> bool:
 
 
 def _of_compressed_tensors(fields: Mapping[str, Any]) -> Scheme:
-    groups = fields.get("config_groups")
-    groups = list(groups.values()) if isinstance(groups, Mapping) else []
+    groups = list((fields.get("config_groups") or {}).values())
     weights = [group.get("weights") or {} for group in groups]
     kinds = {(w.get("type"), w.get("num_bits"), w.get("strategy")) for w in weights}
     name = f"compressed-tensors {fields.get('format', '')}".strip()
@@ -133,7 +182,7 @@ def _of_compressed_tensors(fields: Mapping[str, Any]) -> Scheme:
     block = weights[0].get("block_structure") if strategy == "block" else None
     scheme = replace(_of_blocks(name, block, strategy), table="weight_scale")
     if all(group.get("targets") == ["Linear"] for group in groups):
-        scheme = replace(scheme, plain=tuple(map(str, fields.get("ignore") or ())))
+        scheme = replace(scheme, plain=tuple(fields.get("ignore") or ()))
     return scheme
 
 

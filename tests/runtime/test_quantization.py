@@ -94,8 +94,8 @@ def test_a_checkpoint_is_refused_by_the_name_of_its_format(
     source = narrow.write(tmp_path / "source", quantised(kind, narrow.state("dense")), fields)
     with pytest.raises(PlanError, match=f"quantised with {kind}"):
         plan(source)
-    # the check of dtypes by config.json may come first where weights are integers
-    with pytest.raises((PlanError, CheckpointError), match=f"quantised with {kind}|a weight holds floats"):
+    # not by the check of dtypes, which sees integers
+    with pytest.raises(PlanError, match=f"quantised with {kind}"):
         convert(source, tmp_path / "there", "sglang")
     assert not (tmp_path / "there").exists()
 
@@ -230,3 +230,81 @@ def test_blocks_that_are_none_are_refused(block: Any) -> None:
     fields = {"quant_method": "fp8", "weight_block_size": block}
     with pytest.raises(PlanError, match="is no block of rows and columns"):
         scheme_of(SimpleNamespace(quantization_config=fields))
+
+
+GROUP = {"targets": ["Linear"], "weights": {"type": "float", "num_bits": 8, "strategy": "channel"}}
+
+
+def groups(group: Any) -> dict[str, Any]:
+    return {"quant_method": "compressed-tensors", "config_groups": {"g": group}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ("fp8", r"^quantization_config: 'fp8' is no object of fields"),
+        ([], r"^quantization_config: \[\] is no object of fields"),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": 5},
+            r"modules_to_not_convert: 5 is no list of names",
+        ),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": [5]},
+            r"modules_to_not_convert: \[5\] is no list of",
+        ),
+        (
+            {"quant_method": "fp8", "modules_to_not_convert": "lm_head"},
+            r"quantization_config\.modules_to_not_convert: 'lm_head' is no list of names",
+        ),
+        (
+            {"quant_method": "modelopt", "quant_algo": "FP8", "exclude_modules": "lm_head"},
+            r"quantization_config\.exclude_modules: 'lm_head' is no list of names",
+        ),
+        ({"quant_method": "compressed-tensors", "config_groups": 5}, r"config_groups: 5 is no object"),
+        (groups(None), r"quantization_config\.config_groups\.g: None is no object"),
+        (groups({"weights": "x"}), r"quantization_config\.config_groups\.g\.weights: 'x' is no object"),
+        (
+            groups({"weights": GROUP["weights"] | {"type": ["float"]}}),
+            r"g\.weights\.type: \['float'\] is no string",
+        ),
+        (
+            groups({"weights": GROUP["weights"] | {"strategy": {}}}),
+            r"g\.weights\.strategy: \{\} is no string",
+        ),
+        (
+            groups({"weights": GROUP["weights"] | {"num_bits": [8]}}),
+            r"g\.weights\.num_bits: \[8\] is no number",
+        ),
+        (
+            groups(GROUP) | {"ignore": ["re:("]},
+            r"quantization_config\.ignore: 're:\(' is no regular expression",
+        ),
+        (
+            groups(GROUP) | {"ignore": "lm_head"},
+            r"quantization_config\.ignore: 'lm_head' is no list of names",
+        ),
+    ],
+)
+def test_fields_of_another_type_are_named(narrow: Any, fields: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=message):
+        scheme_of(SimpleNamespace(quantization_config=fields))
+    with pytest.raises(PlanError, match=message):
+        scheme_of(SimpleNamespace(text_config={"quantization_config": fields}))
+    config = narrow.configs["dense"].to_dict() | {"quantization_config": fields}
+    source = narrow.write(tmp_path / "source", narrow.state("dense"), config)
+    with pytest.raises(PlanError, match=message):
+        convert(source, tmp_path / "there")
+    assert not (tmp_path / "there").exists()
+
+
+def test_absent_and_empty_fields_are_none(narrow: Any) -> None:
+    for none in (None, [], ()):
+        scheme = scheme_of(
+            SimpleNamespace(quantization_config={"quant_method": "fp8", "modules_to_not_convert": none})
+        )
+        assert scheme is not None
+        assert scheme.plain == ()
+    with pytest.raises(PlanError, match="0 kinds of weights"):
+        scheme_of(SimpleNamespace(quantization_config={"quant_method": "compressed-tensors"}))
+    with pytest.raises(PlanError, match="None of None bits"):
+        scheme_of(SimpleNamespace(quantization_config=groups({"weights": None})))
