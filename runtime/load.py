@@ -15,7 +15,7 @@ from fxfuse.runtime.decoder_stack import inner_model, plain_tensors
 from fxfuse.runtime.faults import check_scales, is_scale
 from fxfuse.runtime.headers import read_plan, read_tensors
 from fxfuse.runtime.materialise import Materialised
-from fxfuse.runtime.plan import LAYOUTS, plan, plan_and_origin, plan_of_tensors
+from fxfuse.runtime.plan import LAYOUTS, check_layout, plan, plan_and_origin, plan_of_tensors
 from fxfuse.runtime.recognise import back_through, bare, way_back
 from fxfuse.runtime.safetensors_file import read_entries
 from fxfuse.runtime.streaming import Files, PlannedTensors
@@ -43,7 +43,8 @@ def load_state_dict(
         model: a transformers model of a known family.
         path_or_dict: a checkpoint directory, one safetensors file, or tensors by name; `model.` and
             `model.language_model.` are one.
-        layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out.
+        layout: what the tensors are in, of `fxfuse.plan`'s names; None finds out. The plan that
+            `fxfuse.convert` left in a directory goes before it.
 
     Raises:
         CheckpointError: names every tensor that is missing, unexpected, doubled, of another shape or without
@@ -53,10 +54,16 @@ def load_state_dict(
         PlanError: an unknown layout, or one that cannot be told.
         UnsupportedModelError: an unknown family, or a buffer on the meta device that no file has and
             transformers does not compute.
+        OptionError: a model on the meta device while torch's default device is meta, too.
     """
+    if layout is not None:
+        check_layout(layout)
     model = inner_model(model)
     own = plain_tensors(model, buffers=True)
     if isinstance(path_or_dict, Mapping):
+        nameless = [repr(name) for name in path_or_dict if not isinstance(name, str)]
+        if nameless:
+            raise CheckpointError(f"{', '.join(nameless)}: names that are no strings; give tensors by name")
         others = [name for name, tensor in path_or_dict.items() if not isinstance(tensor, torch.Tensor)]
         if others:
             raise CheckpointError(f"{', '.join(others)}: no tensors; give tensors by name")
@@ -173,7 +180,8 @@ def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_Fr
     with Materialised(model, own) as given_memory, torch.no_grad():
         for home, name in found.items():
             into = given_memory.tensor(own[home])
-            flat = into.view(-1) if into.is_contiguous() else torch.empty(into.numel(), dtype=into.dtype)
+            # on the tensor's own device: torch's default device may be meta
+            flat = into.view(-1) if into.is_contiguous() else into.new_empty(into.numel())
             try:
                 for at, elements in tensors.parts(name):
                     flat[at : at + len(elements)].copy_(elements)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fxfuse.errors import PlanError, UnsupportedModelError
+from fxfuse.errors import OptionError, PlanError, UnsupportedModelError
 from fxfuse.runtime.layouts.scales import SCALES
 from fxfuse.runtime.live_weights import packed_parameters
 from fxfuse.runtime.plan import plan
@@ -18,7 +18,7 @@ class Materialised:
 
     Tensors that have memory stay as they are. Buffers that no state dict holds (rotary frequencies) are
     computed by transformers, as it does after loading. Raises UnsupportedModelError for those that it does
-    not compute.
+    not compute, and OptionError where torch's default device is meta: values there would be lost.
     """
 
     def __init__(self, model: nn.Module, own: Mapping[str, Tensor]) -> None:
@@ -35,6 +35,11 @@ class Materialised:
         if not on_meta:
             return self
         device = torch.get_default_device()
+        if device.type == "meta":
+            raise OptionError(
+                f"{next(iter(on_meta))}: gets its memory on torch's default device, which is meta; load "
+                'outside of `with torch.device("meta")`, or inside of one with the device that is meant'
+            )
         names = Counter(map(id, self._own.values()))
         for group in _groups(self._model):
             members = [self._own[name] for name in group]

@@ -81,8 +81,7 @@ def plan_and_origin(
     source: Any, layout: str, tp: tuple[int, int] | None = None
 ) -> tuple[WeightPlan, WeightPlan]:
     """`plan`, and the plan to the same tensors from transformers' layout; raises what it raises."""
-    if not isinstance(layout, str) or layout not in _STEPS:
-        raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
+    check_layout(layout)
     if tp is not None and (not isinstance(tp, tuple | list) or len(tp) != 2):
         raise PlanError(f"tp={tp!r}: give (rank, world) with 0 <= rank < world")
     subject = _inspect(source)
@@ -99,6 +98,12 @@ def plan_and_origin(
             origin.then(transforms, usages)
     planned = draft.plan()
     return planned, planned if origin is None else origin.plan()
+
+
+def check_layout(layout: object) -> None:
+    """Raises PlanError for what is no name of a layout."""
+    if not isinstance(layout, str) or layout not in _STEPS:
+        raise PlanError(f"layout {layout!r} is not known; known are: {', '.join(LAYOUTS)}")
 
 
 def plan_of_tensors(config: Any, tensors: Mapping[str, TensorSpec], layout: str) -> WeightPlan:

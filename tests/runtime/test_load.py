@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 import fxfuse
-from fxfuse.errors import CheckpointError, PlanError, UnsupportedModelError
+from fxfuse.errors import CheckpointError, OptionError, PlanError, UnsupportedModelError
 from fxfuse.runtime import streaming
 from fxfuse.runtime.convert import convert
 from fxfuse.runtime.live_weights import is_packed
@@ -179,9 +179,22 @@ def test_what_is_asked_wrongly_is_refused(make_model: Make, tmp_path: Path) -> N
         fxfuse.load_state_dict(model, tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="a, b: no tensors"):
         fxfuse.load_state_dict(model, {"a": 3, "b": "x"})  # type: ignore[dict-item]
+    with pytest.raises(CheckpointError, match=r"3, None: names that are no strings"):
+        fxfuse.load_state_dict(model, {3: torch.zeros(1), None: torch.zeros(1)})  # type: ignore[dict-item]
     with pytest.raises(CheckpointError, match="the model is unchanged"):
         fxfuse.load_state_dict(model.to("meta"), {})
     assert all(p.is_meta for p in model.parameters())
+
+
+def test_a_layout_is_checked_where_a_plan_says_it_too(make_model: Make, tmp_path: Path) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    convert(save(tmp_path / "hf", other), tmp_path / "there", "sglang")
+    with pytest.raises(PlanError, match="layout 'sideways' is not known"):
+        fxfuse.load_state_dict(model, tmp_path / "there", layout="sideways")
+    assert equal(model, before)
+    fxfuse.load_state_dict(model, tmp_path / "there", layout="sglang")
+    assert equal(model, other.state_dict())
 
 
 # --- models without memory
@@ -234,6 +247,34 @@ def test_buffers_that_no_file_has_get_the_values_of_a_loaded_model(make_model: M
     assert expected
     assert all(torch.equal(b, expected[n]) for n, b in model.named_buffers())
     assert not any(t.is_meta for t in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_memory_on_the_meta_device_is_refused(make_model: Make, from_files: bool, tmp_path: Path) -> None:
+    """Weights that a load puts on the meta device are lost without a word."""
+    other = make_model(seed=1)
+    given = save(tmp_path / "hf", other) if from_files else other.state_dict()
+    with torch.device("meta"):
+        model = make_model()
+        with pytest.raises(OptionError, match="torch's default device, which is meta"):
+            fxfuse.load_state_dict(model, given)
+    assert all(t.is_meta for t in (*model.parameters(), *model.buffers()))
+    fxfuse.load_state_dict(model, given)
+    assert equal(model, other.state_dict())
+
+
+@pytest.mark.parametrize("from_files", [False, True])
+def test_a_model_in_memory_is_loaded_inside_of_a_meta_context(
+    make_model: Make, from_files: bool, tmp_path: Path
+) -> None:
+    model, other = make_model(seed=0), make_model(seed=1)
+    convert(save(tmp_path / "hf", other), tmp_path / "fused", "fused")
+    given = tmp_path / "fused" if from_files else fxfuse.plan(other).apply(other.state_dict())
+    turned = model.model.layers[0].mlp.down_proj.weight
+    turned.data = turned.data.t().contiguous().t()
+    with torch.device("meta"):
+        fxfuse.load_state_dict(model, given)
+    assert equal(model, other.state_dict())
 
 
 def test_a_buffer_that_nobody_computes_is_refused_and_the_model_stays_on_meta(
