@@ -48,11 +48,11 @@ def written_negative(x: Tensor) -> Tensor:
 
 
 def zero_minus_counts(x: Tensor) -> Tensor:
-    return (0.0 - torch.arange(4)) * x
+    return (0.0 - torch.arange(4)) * 2
 
 
 def strides_behind_a_product(x: Tensor) -> Tensor:
-    return (x.t().reshape(-1).reshape(6, 4) * 2).as_strided((4,), (1,), 0)
+    return (x.t().reshape(-1).reshape(4, 6) * 2).as_strided((4,), (1,), 0)
 
 
 def strides_behind_a_cast(x: Tensor) -> Tensor:
@@ -60,10 +60,10 @@ def strides_behind_a_cast(x: Tensor) -> Tensor:
 
 
 def gated_behind_a_write(x: Tensor) -> Tensor:
-    memory = x.clone().reshape(2, 3, 4)
-    row = memory.transpose(1, 2).reshape(2, -1)
-    memory.add_(1)
-    return row * torch.sigmoid(row) * 2
+    rows, gates = x.reshape(2, 3, 4), x.reshape(2, 3, 4) * 0.5
+    row, gate = (y.transpose(1, 2).reshape(2, 2, -1) for y in (rows, gates))
+    x.add_(1)
+    return row * torch.sigmoid(gate) * 2
 
 
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
