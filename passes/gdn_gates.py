@@ -46,7 +46,8 @@ def _accepted(guards: Guards, judge: Judge, rule: Node, decay: Node, rate: Node,
     if limit is not None:
         raise Refused(decay, limit)
     region = behind([decay, rate], set(bound.values()))
-    reason = guards.reason(region, [decay, rate], {bound["b"].meta["val"].dtype, torch.float32})
+    dtypes = {bound["b"].meta["val"].dtype, torch.float32}
+    reason = guards.reason(region, [decay, rate], dtypes, at=rule)
     if reason is not None:
         raise Refused(*reason)
     shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)

@@ -33,7 +33,9 @@ def _sources(node: Node, heads: int) -> Iterator[tuple[Node, int]]:
             yield node, heads // shape[1]
 
 
-def _repeated(guards: Guards, judge: Judge, node: Node) -> tuple[Node, int, list[Node]] | None:
+def _repeated(
+    guards: Guards, judge: Judge, node: Node, attention: Node
+) -> tuple[Node, int, list[Node]] | None:
     """What a key or value repeats, how often, and by which calls."""
     heads = node.meta["val"].shape[1]
     if not isinstance(heads, int):
@@ -45,7 +47,7 @@ def _repeated(guards: Guards, judge: Judge, node: Node) -> tuple[Node, int, list
             return [values[source].repeat_interleave(ratio, dim=1)]
 
         dtype = node.meta["val"].dtype
-        if guards.reason(region, [node], {dtype}) is None and judge.equal(
+        if guards.reason(region, [node], {dtype}, at=attention) is None and judge.equal(
             region, [node], repeat, f"repeat {ratio}"
         ):
             return source, ratio, region
@@ -78,7 +80,7 @@ def run(program: Program) -> Outcome:
         if len(shape) != 4 or not statically_known_true(shape[2] == 1):
             continue
         try:
-            keys, values = (_repeated(guards, judge, n) for n in (key, value))  # type: ignore[arg-type]
+            keys, values = (_repeated(guards, judge, n, attention) for n in (key, value))  # type: ignore[arg-type]
         except Refused as refusal:
             outcome.misses.append(Miss(RULE, module_path(attention), refusal.node.name, refusal.reason))
             continue

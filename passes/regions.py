@@ -98,6 +98,7 @@ class Guards:
         outputs: Collection[Node],
         dtypes: Collection[torch.dtype],
         states: Collection[Node] = (),
+        at: Node | None = None,
     ) -> tuple[Node, str] | None:
         """The node that decides, and why; None where the region may be replaced by one call at its end.
 
@@ -105,6 +106,7 @@ class Guards:
             outputs: nodes of the region that may be used outside; what replaces them is contiguous.
             dtypes: floating dtypes that values inside may have.
             states: inputs that the region writes, and the call that replaces it.
+            at: the node before which the inputs are read instead, where that is not the end of the region.
         """
         inside = set(region)
         given = {storage_of(n) for n in read_by(region)} - {None} - {storage_of(s) for s in states}
@@ -122,13 +124,15 @@ class Guards:
             storage, value = storage_of(node), node.meta.get("val")
             if storage in self.fixed and storage not in written and not is_contiguous(value):
                 return node, f"{node.name} leaves the graph, or its strides are read"
-        return self._disturbed(region, states)
+        return self._disturbed(region, states, at or region[-1])
 
-    def _disturbed(self, region: Sequence[Node], states: Collection[Node]) -> tuple[Node, str] | None:
+    def _disturbed(
+        self, region: Sequence[Node], states: Collection[Node], at: Node
+    ) -> tuple[Node, str] | None:
         inside, written = set(region), {storage_of(state) for state in states}
         own = {storage_of(node) for node in region} - {None}
         given = {storage_of(node) for node in read_by(region)} - {None}
-        first, last = self.position[region[0]], self.position[region[-1]]
+        first, last = self.position[region[0]], self.position[at]
         for node, place in self.position.items():
             if node in inside:
                 for target in written_by(node):

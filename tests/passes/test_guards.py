@@ -137,3 +137,74 @@ def test_a_tensor_gated_by_itself_has_no_gate() -> None:
 
     rule = FormulaRule("rule", idioms.SIGMOID_GATE, "sigmoid_gate_mul", ("x", "gate"))
     assert not _outcome(rule, Own()).matches
+
+
+class _Repeated(nn.Module):
+    """One token's attention over keys and values that are repeated, and a write before it reads them."""
+
+    def __init__(self, repeat: Callable[[Tensor], Tensor], write: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.repeat, self.write = repeat, write
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = self.repeat(key), self.repeat(value)
+        self.write(key, value)
+        return F.scaled_dot_product_attention(query, keys, values) + 0
+
+
+@pytest.mark.parametrize(
+    "repeat",
+    [
+        lambda k: k.repeat_interleave(4, 1),
+        lambda k: k[:, :, None].expand(-1, -1, 4, -1, -1).reshape(k.shape[0], -1, *k.shape[2:]),
+    ],
+    ids=["repeat_interleave", "expand"],
+)
+@pytest.mark.parametrize(
+    ("write", "merged"),
+    [
+        (lambda k, v: None, True),
+        (lambda k, v: k.mul_(2), False),
+        (lambda k, v: v.mul_(2), False),
+        (lambda k, v: k[:, :, -1].zero_(), False),
+        (lambda k, v: k.index_copy_(2, torch.tensor([0]), torch.ones(1, 2, 1, 16)), False),
+    ],
+    ids=["none", "key", "value", "slice", "index_copy_"],
+)
+def test_keys_written_between_repeat_and_attention_are_read_as_they_were(
+    repeat: Callable[[Tensor], Tensor], write: Callable[[Tensor, Tensor], object], merged: bool
+) -> None:
+    module = _Repeated(repeat, write)
+    inputs = (torch.randn(1, 8, 1, 16), torch.randn(1, 2, 9, 16), torch.randn(1, 2, 9, 16))
+    with torch.no_grad():
+        result = rewrite(module, tuple(x.clone() for x in inputs), target="cuda", dynamic=False)
+        got = result.graph_module(*(x.clone() for x in inputs))
+        torch.testing.assert_close(got, module(*(x.clone() for x in inputs)))
+    assert merged == any(row.matched for row in result.report.rows if row.rule == "grouped_query_attention")
+
+
+@pytest.mark.parametrize("written", [None, "a", "b", "A_log", "dt_bias"])
+def test_gates_of_what_is_written_before_the_rule_reads_them_stay_what_they_were(written: str | None) -> None:
+    from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
+
+    import fxfuse
+
+    class Gated(nn.Module):
+        def forward(
+            self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor
+        ) -> Tensor:
+            decay, rate = -A_log.float().exp() * F.softplus(a.float() + dt_bias), b.sigmoid()
+            if written is not None:
+                {"a": a, "b": b, "A_log": A_log, "dt_bias": dt_bias}[written].mul_(3)
+            out, _ = torch_chunk_gated_delta_rule(q, k, v, g=decay, beta=rate, use_qk_l2norm_in_kernel=True)
+            return out
+
+    shapes = [(1, 9, 4, 16)] * 3 + [(1, 9, 4)] * 2 + [(4,)] * 2
+    inputs = [torch.randn(shape) for shape in shapes]
+    module = Gated()
+    with torch.no_grad():
+        expected = module(*(x.clone() for x in inputs))
+        fxfuse.optimize(module, target="cuda", inner="eager", report="off")
+        torch.testing.assert_close(module(*(x.clone() for x in inputs)), expected, rtol=1e-4, atol=1e-5)
+    report = fxfuse.runtime.optimize.optimization_report(module)
+    assert (written is None) == any(row.matched for row in report.rows if row.rule == "gdn_gates")
