@@ -50,12 +50,13 @@ class Pass:
     for_inductor: bool = False
     target: str | None = None
     on_request: bool = False
+    within_layers: bool = False
 
 
 Passes = str | Sequence[str | Pass]
 
 PASSES: tuple[Pass, ...] = (
-    Pass("same_input_linears", same_input_linears.run),
+    Pass("same_input_linears", same_input_linears.run, within_layers=True),
     Pass("gdn_decode", gdn_decode.run, target="cuda"),
     Pass("recurrent_gated_delta_rule", recurrent_gated_delta_rule.run, target="cuda"),
     Pass("l2_norm", l2_norm.run, target="cuda"),
@@ -71,11 +72,18 @@ PASSES: tuple[Pass, ...] = (
     Pass("add_rms_norm", add_rms_norm.run, target="cuda"),
     Pass("swiglu", swiglu.RULE.run, target="cuda"),
     Pass("sigmoid_gate", sigmoid_gate.run, target="cuda"),
-    Pass("layout_chains", layout_chains.run),
-    Pass("chunked_delta_rule", chunked_delta_rule.run, for_inductor=True, target="cpu", on_request=True),
-    Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu"),
-    Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu"),
-    Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu"),
+    Pass("layout_chains", layout_chains.run, within_layers=True),
+    Pass(
+        "chunked_delta_rule",
+        chunked_delta_rule.run,
+        for_inductor=True,
+        target="cpu",
+        on_request=True,
+        within_layers=True,
+    ),
+    Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu", within_layers=True),
+    Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu", within_layers=True),
+    Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu", within_layers=True),
 )
 
 

@@ -246,7 +246,11 @@ class Program:
 def module_path(node: Node) -> str:
     """Dotted path of the module that a node was traced in; empty where Dynamo left none."""
     stack = node.meta.get("nn_module_stack") or {}
-    path = next(reversed(stack.values()))[0] if stack else ""
+    return dotted_path(next(reversed(stack.values()))[0] if stack else "")
+
+
+def dotted_path(path: str) -> str:
+    """`L['self']._modules['model'].layers[0]` to `model.layers.0`."""
     path = re.sub(r"^L\['\w+'\]", "", path)  # the variable that held the model
     return ".".join(re.findall(r"\w+", path.replace("_modules", ""))).removeprefix("self.")
 

@@ -1,14 +1,12 @@
 """The torch.compile backend: capture, passes, live weights, inner compiler."""
 
 import logging
-import re
 import time
 import weakref
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import count
 from types import MappingProxyType
 from typing import Any
 
@@ -16,18 +14,17 @@ import torch
 from torch import nn
 from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fxfuse.errors import FxfuseError, UnsupportedModelError
 from fxfuse.passes import pipeline
-from fxfuse.passes.program import Program, Weight
-from fxfuse.patterns import ops
+from fxfuse.passes.program import Weight
 from fxfuse.runtime import capture, inner, leaves, live_weights
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
-from fxfuse.runtime.pictures import pictures
+from fxfuse.runtime.parameter_names import unique_names
+from fxfuse.runtime.parts import Filled, Rewriting, Untraceable
 from fxfuse.runtime.report import GraphRecord, Report, announce
 from fxfuse.runtime.verify import verified
 
@@ -94,21 +91,32 @@ def _compiled(
     chosen_inner, why = inner.available(options.inner, inputs)
     if why is not None and session.report.note(why):
         log.warning(why)
-    program = _program(graph_module, inputs, options, session)
-    if capture.untraced_parts(program.graph_module):
-        return _left_as_it_was(graph_module, inputs, options, session)
     target = options.target_for(inputs)
     passes = pipeline.selected(options.passes, chosen_inner, target)
-    before = len(program.graph.nodes)
-    rewritten, outcomes = pipeline.apply(program, passes)
-    record = GraphRecord(_phase(program), before, len(rewritten.graph.nodes), chosen_inner, outcomes)
-    record.plan_digest = rewritten.plan().digest if rewritten.fused else ""
-    matches = [match for outcome in outcomes.values() for match in outcome.matches]
-    record.pictures = pictures(program, rewritten, matches, record.phase)
+    weights = _weights(graph_module, inputs, session)
+    try:
+        rewriting = Rewriting(
+            graph_module,
+            inputs,
+            weights,
+            passes,
+            copy_weights=options.weights == "copy",
+            by_layer=options.mode in (None, "default") and all(each.within_layers for each in passes),
+        )
+    except Untraceable:
+        return _left_as_it_was(graph_module, inputs, options, session)
+    outcomes, phase = rewriting.outcomes(), rewriting.phase()
+    record = GraphRecord(phase, *rewriting.nodes(), chosen_inner, outcomes)
+    record.plan_digest = rewriting.plan().digest if rewriting.filled else ""
+    record.pictures = rewriting.pictures(phase)
     if options.strict:
         _raise_on_miss(record)
     if session.dry_run:
-        record.launches = blocks_of(rewritten.graph) if target == "cuda" else []
+        record.launches = (
+            [block for part in rewriting.parts() for block in blocks_of(part.rewritten.graph)]
+            if target == "cuda"
+            else []
+        )
         session.report.graphs.append(record)
         return graph_module.forward
     if not any(outcome.matches for outcome in outcomes.values()):
@@ -118,10 +126,18 @@ def _compiled(
         session.report.graphs.append(record)
         return _counted(graph_module.forward, record)
 
-    fakes = [node.meta["val"] for node in rewritten.placeholders()[len(inputs) :]]
-    run = inner.compile_graph(chosen_inner, options.mode, rewritten.graph_module, [*inputs, *fakes])
+    with inner.kernels_compiled_beside() if target == "cpu" and chosen_inner == "inductor" else nullcontext():
+        run = rewriting.compiled(
+            lambda graph, values: inner.compile_graph(chosen_inner, options.mode, graph, values)
+        )
+    position = {node: i for i, node in enumerate(capture.placeholders(graph_module))}
     call = _with_live_weights(
-        run, rewritten, record, session, None if options.strict else graph_module.forward
+        run,
+        [(filled, [position[member] for member in filled.members]) for filled in rewriting.filled],
+        {position[node]: weight.name for node, weight in weights.items()},
+        record,
+        session,
+        None if options.strict else graph_module.forward,
     )
     record.compile_seconds = time.perf_counter() - started
     session.report.graphs.append(record)  # not before: where compiling fails, nothing was rewritten
@@ -147,75 +163,24 @@ def _left_as_it_was(
     return graph_module.forward
 
 
-def _program(graph_module: GraphModule, inputs: list[Any], options: Options, session: Session) -> Program:
-    fakes = capture.fake_inputs(graph_module, inputs)
-    traced = capture.trace(graph_module, fakes)
-    capture.carry_over(traced, graph_module)
-    nodes = capture.placeholders(graph_module)
+def _weights(graph_module: GraphModule, inputs: list[Any], session: Session) -> dict[Node, Weight]:
+    """The parameters among the inputs of Dynamo's graph."""
     parameters = {
-        node.name: value
-        for node, value in zip(capture.placeholders(traced), inputs, strict=True)
+        node: value
+        for node, value in zip(capture.placeholders(graph_module), inputs, strict=True)
         if isinstance(value, nn.Parameter)
     }
     known = {} if session.model is None else {id(p): name for name, p in session.model.named_parameters()}
-    names = _unique_names(
-        {
-            new.name: known.get(id(value)) or old
-            for new, old, value in zip(capture.placeholders(traced), nodes, inputs, strict=True)
-            if new.name in parameters
-        },
-        taken=known.values(),
+    names = unique_names(
+        {node: known.get(id(value)) for node, value in parameters.items()}, taken=known.values()
     )
     refused = session.refusals
     if refused is None:
-        refused = refusals_of(session.model, {names[p]: value for p, value in parameters.items()})
-    weights = {
-        p: Weight(names[p], value.requires_grad, refused.get(names[p])) for p, value in parameters.items()
+        refused = refusals_of(session.model, {names[node]: value for node, value in parameters.items()})
+    return {
+        node: Weight(names[node], value.requires_grad, refused.get(names[node]))
+        for node, value in parameters.items()
     }
-    return Program(
-        traced,
-        weights,
-        capture.mode_of(fakes),
-        torch.is_grad_enabled(),
-        copy_weights=options.weights == "copy",
-    )
-
-
-def _unique_names(given: Mapping[str, str | Node], taken: Iterable[str]) -> dict[str, str]:
-    """A name for each placeholder: the one it has in the model, or else one from its source that is free."""
-    names = {key: name for key, name in given.items() if isinstance(name, str)}
-    unnamed = {key: node for key, node in given.items() if not isinstance(node, str)}
-    short = {key: _dotted_name(node) for key, node in unnamed.items()}
-    used = {*names.values(), *taken}
-    often = Counter([*used, *short.values()])
-    for key, node in unnamed.items():
-        name = wanted = short[key] if often[short[key]] == 1 else _dotted_source(node)
-        for number in count(2):
-            if name not in used:
-                break
-            path, _, leaf = wanted.rpartition(".")
-            name = f"{path}_{number}.{leaf}" if path else f"{wanted}_{number}"
-        names[key] = name
-        used.add(name)
-    return names
-
-
-def _source(placeholder: Node) -> str:
-    source = getattr(placeholder, "_dynamo_source", None)
-    text = source.name if source is not None else placeholder.name
-    return str(text() if callable(text) else text)
-
-
-def _dotted_name(placeholder: Node) -> str:
-    """`L['self']._modules['mlp']._parameters['weight']` to `mlp.weight`: the name in the state dict."""
-    parts = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", _source(placeholder))
-    return ".".join(part for part in parts if part != "_orig_mod") or placeholder.name
-
-
-def _dotted_source(placeholder: Node) -> str:
-    """`L['self'].mods[0]._modules['q']._parameters['weight']` to `mods.0.q.weight`: all of it."""
-    ignored = {"L", "G", "self", "_modules", "_parameters", "_orig_mod", "__closure__", "cell_contents"}
-    return ".".join(part for part in re.findall(r"\w+", _source(placeholder)) if part not in ignored)
 
 
 def refusals_of(
@@ -235,20 +200,23 @@ def refusals_of(
 
 def _with_live_weights(
     run: Callable[..., Any],
-    program: Program,
+    filled: Sequence[tuple[Filled, Sequence[int]]],
+    named: Mapping[int, str],
     record: GraphRecord,
     session: Session,
     original: Callable[..., Any] | None,
 ) -> Callable[..., Any]:
-    """`run` with its fused inputs filled in, or `original` where they cannot be, for want of memory say."""
-    position = {node.name: i for i, node in enumerate(program.placeholders())}
+    """`run` with its fused inputs filled in, or `original` where they cannot be, for want of memory say.
+
+    `filled` has each of them with the positions of its members among the arguments, `named` what the
+    parameters are called, by position.
+    """
     slots: list[live_weights.SharedSlot | live_weights.CopiedSlot] = [
         live_weights.SharedSlot()
-        if fused.shares_memory
-        else live_weights.CopiedSlot(fused, [program.weights[m].name for m in fused.members])
-        for fused in program.fused
+        if each.fused.shares_memory
+        else live_weights.CopiedSlot(each.fused, each.names)
+        for each, _ in filled
     ]
-    named = {position[placeholder]: weight.name for placeholder, weight in program.weights.items()}
     model = weakref.ref(session.model) if session.model is not None else lambda: None
 
     def refused(args: Sequence[Any]) -> dict[int, str]:
@@ -258,10 +226,8 @@ def _with_live_weights(
         found = refusals_of(root, {name: args[i] for i, name in names.items()})
         return {i: f"{name}: {found[name]}" for i, name in names.items() if name in found}
 
-    weights = live_weights.LiveWeights(
-        slots, [[position[m] for m in f.members] for f in program.fused], refused, list(named)
-    )
-    members = {position[m] for f in program.fused if f.shares_memory for m in f.members}
+    weights = live_weights.LiveWeights(slots, [positions for _, positions in filled], refused, list(named))
+    members = {i for each, positions in filled if each.fused.shares_memory for i in positions}
     # Dynamo keeps compiled calls for as long as the code of a model's class: they may not hold the model.
     report, anonymous = session.report, session.anonymous
 
@@ -346,13 +312,6 @@ def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]
         return run(*args)
 
     return call
-
-
-def _phase(program: Program) -> str:
-    """ "decode" where every linear but the last sees one token, "prefill" otherwise."""
-    lengths = [n.args[0].meta["val"].shape for n in program.calls(ops.LINEAR)]  # type: ignore[union-attr]
-    one = [len(s) > 1 and statically_known_true(s[-2] == 1) for s in lengths]
-    return "decode" if one and sum(one) * 2 > len(one) else "prefill"
 
 
 def _raise_on_miss(record: GraphRecord) -> None:

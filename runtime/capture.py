@@ -22,22 +22,79 @@ def placeholders(graph_module: GraphModule) -> list[Node]:
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
 
 
-def fake_inputs(graph_module: GraphModule, example_inputs: Sequence[Input]) -> list[Any]:
-    """Dynamo's own fakes of its inputs, with its symbols: `example_value` belongs to another fake mode."""
-    context = TracingContext.get()
-    mode = context.fake_mode
-    assert mode is not None
+class Uncut(Exception):
+    """A value inside of a graph cannot be made anew as the input of a part of it."""
 
-    def fake(node: Node, value: Input) -> Any:
+
+class Fakes:
+    """Values of Dynamo's graph as fakes that the inner compiler can use, with Dynamo's symbols.
+
+    `example_value` belongs to another fake mode. Values that share memory there do so here.
+    """
+
+    def __init__(self, graph_module: GraphModule, example_inputs: Sequence[Input]) -> None:
+        self._inputs = dict(zip(placeholders(graph_module), example_inputs, strict=True))
+        self._fakes: dict[Node, Any] = {}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def inputs(self) -> list[Any]:
+        """All inputs of the graph, in order."""
+        return [self.of(node) for node in self._inputs]
+
+    def of(self, node: Node) -> Any:
+        """The value of an input, or of a node within. Raises Uncut where that has to be what it is."""
+        if node not in self._fakes:
+            self._fakes[node] = self._input(node) if node in self._inputs else self._within(node)
+        return self._fakes[node]
+
+    def _input(self, node: Node) -> Any:
+        value = self._inputs[node]
         if not isinstance(value, torch.Tensor):
             return node.meta["example_value"]
         if isinstance(value, FakeTensor):
             return value
+        context = TracingContext.get()
         symbolic = context.tensor_to_context.get(value)
         source = symbolic.tensor_source if symbolic is not None else None
-        return mode.from_tensor(value, symbolic_context=symbolic, source=source)
+        assert context.fake_mode is not None
+        return context.fake_mode.from_tensor(value, symbolic_context=symbolic, source=source)
 
-    return [fake(n, v) for n, v in zip(placeholders(graph_module), example_inputs, strict=True)]
+    def _within(self, node: Node) -> Any:
+        value = node.meta["example_value"]
+        if not isinstance(value, torch.Tensor):
+            return value
+        if (
+            type(value) is not FakeTensor
+            or value.layout != torch.strided
+            or value.is_conj()
+            or value.is_neg()
+        ):
+            raise Uncut(node.name)
+        mode = mode_of(self.inputs()) or TracingContext.get().fake_mode
+        if not self._storages:
+            for other in self._inputs:
+                if (
+                    isinstance(was := other.meta["example_value"], torch.Tensor)
+                    and was.layout == torch.strided
+                ):
+                    self._storages[was.untyped_storage()._cdata] = self.of(other).untyped_storage()
+        memory, layout = value.untyped_storage(), (value.storage_offset(), value.shape, value.stride())
+        with mode or nullcontext(), torch.no_grad():
+            if memory._cdata not in self._storages:
+                made = torch.empty((memory.nbytes(),), dtype=torch.uint8, device=value.device)
+                self._storages[memory._cdata] = made.untyped_storage()
+            elif value.requires_grad:
+                raise Uncut(node.name)  # the gradient of shared memory has a history that is cut off here
+            fake = torch.empty((0,), dtype=value.dtype, device=value.device)
+            fake.set_(self._storages[memory._cdata], *layout)  # type: ignore[call-overload]
+        if not value.requires_grad:
+            return fake
+        with mode or nullcontext(), torch.enable_grad():
+            made = fake.requires_grad_().clone()  # computed, not a leaf: it may be written to
+        if made.stride() != value.stride() or value.storage_offset() != 0:
+            raise Uncut(node.name)
+        self._storages[memory._cdata] = made.untyped_storage()
+        return made
 
 
 def untraced_parts(graph_module: GraphModule) -> list[str]:

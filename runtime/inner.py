@@ -1,6 +1,8 @@
 """What runs a rewritten graph: Inductor, AOTAutograd in eager mode, or the graph as it is."""
 
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -9,6 +11,8 @@ from torch.fx import GraphModule
 from fxfuse.runtime import warm_up
 from fxfuse.runtime.options import Inner, Mode
 from fxfuse.runtime.outline import outlined, repeats
+
+_waiting_is_ours = threading.RLock()
 
 
 def cpp_compiler_is_missing() -> bool:
@@ -45,6 +49,34 @@ def compile_graph(
     if mode in (None, "default") and repeats(graph_module):
         return outlined(graph_module, _inductor)
     return _inductor(graph_module, inputs, mode)
+
+
+@contextmanager
+def kernels_compiled_beside() -> Iterator[None]:
+    """Within it the C++ compiler works on one piece of a graph while Inductor writes the next.
+
+    Inductor waits for the kernels of each graph as it loads the code that calls them; what it waits for here,
+    in this thread, is waited for once at the end. Raises what compiling a kernel raises.
+    """
+    from torch._inductor.async_compile import AsyncCompile
+
+    own, waiting = threading.get_ident(), []
+
+    def wait(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
+        if threading.get_ident() == own:
+            waiting.append((compiler, scope))
+        else:
+            at_once(compiler, scope)
+
+    with _waiting_is_ours:
+        at_once = AsyncCompile.wait
+        AsyncCompile.wait = wait  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            AsyncCompile.wait = at_once  # type: ignore[method-assign]
+            for compiler, scope in waiting:
+                compiler.wait(scope)
 
 
 def _inductor(

@@ -1,7 +1,8 @@
-"""Repeated layers are compiled once: the graph is cut at layers, and equal pieces share one compilation.
+"""Repeated layers are worked on once: a graph is cut at its layers, and equal pieces share what is made.
 
 A decoder of 24 layers has two or three distinct ones. A piece takes its layer's weights and caches as inputs,
-so that what is compiled for one layer serves every layer of the same structure.
+so that what is compiled for one layer serves every layer of the same structure. The graph is one of Dynamo's
+or one in normal form.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch._ops import OpOverload
@@ -22,15 +23,17 @@ from fxfuse.patterns import ops
 
 # What a compiled piece can be given: a list of tensors, say, cannot cross a boundary.
 CARRIED = (torch.Tensor, torch.SymInt, int, float, bool)
-CALLS = ("call_function", "get_attr")
+CALLS = ("call_function", "call_method", "call_module", "get_attr")
 Compile = Callable[[GraphModule, Sequence[Any]], Callable[..., Any]]
+Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Piece:
     """A run of nodes as a graph of its own: what it reads from before it, and what is read after it.
 
-    `structure` numbers the symbols of its sizes in the order of `symbols`.
+    `structure` numbers the symbols of its sizes in the order of `symbols`; `layer` is that of its first node
+    that is in one.
     """
 
     graph_module: GraphModule
@@ -38,6 +41,12 @@ class Piece:
     outputs: tuple[Node, ...]
     structure: str
     symbols: tuple[Any, ...]
+    layer: tuple[str, int] | None
+
+
+def value_of(node: Node) -> Any:
+    """What a node stands for, as tracing or as Dynamo has recorded it."""
+    return node.meta.get("val", node.meta.get("example_value"))
 
 
 def layer_of(node: Node) -> tuple[str, int] | None:
@@ -51,7 +60,7 @@ def layer_of(node: Node) -> tuple[str, int] | None:
 
 def segments(graph: Graph) -> list[list[Node]]:
     """The call nodes in runs of one layer each: before the first, the layers of each stack, after them."""
-    unused = [n for n in graph.nodes if not n.users and isinstance(n.meta.get("val"), torch.SymInt)]
+    unused = [n for n in graph.nodes if not n.users and isinstance(value_of(n), torch.SymInt)]
     calls = [node for node in graph.nodes if node.op in CALLS and node not in unused]
     layers = [layer_of(node) for node in calls]
     place_of = {layer: i for i, layer in enumerate(dict.fromkeys(x for x in layers if x is not None))}
@@ -73,9 +82,13 @@ def _with_shared_views_early(runs: list[list[Node]]) -> list[list[Node]]:
     The first layer that needs one would compute it for the others, and be the only layer of its structure.
     """
     run_of = {node: i for i, run in enumerate(runs) for node in run}
-    for node in [node for run in runs for node in run]:
-        if _is_view_or_size(node) and len({run_of.get(user, len(runs)) for user in node.users}) > 1:
-            run_of[node] = max((run_of.get(n, 0) for n in node.all_input_nodes), default=0)
+    early: set[Node] = set()
+    for node in reversed([node for run in runs for node in run]):
+        shared = len({run_of.get(user, len(runs)) for user in node.users}) > 1
+        if (shared or not early.isdisjoint(node.users)) and _is_view_or_size(node):
+            early.add(node)
+    for node in [node for run in runs for node in run if node in early]:
+        run_of[node] = max((run_of.get(n, 0) for n in node.all_input_nodes), default=0)
     moved: list[list[Node]] = [[] for _ in runs]
     for node in (node for run in runs for node in run):
         moved[run_of[node]].append(node)
@@ -84,7 +97,7 @@ def _with_shared_views_early(runs: list[list[Node]]) -> list[list[Node]]:
 
 def _is_view_or_size(node: Node) -> bool:
     """Whether a call reads no memory, so that writes before it make no difference: a reshape may copy."""
-    if isinstance(node.meta.get("val"), torch.SymInt):
+    if isinstance(value_of(node), torch.SymInt):
         return not isinstance(node.target, OpOverload) or str(node.target).startswith("aten.sym_")
     return str(node.target) in ops.VIEWS and storage_of(node) == storage_of(node.all_input_nodes[0])
 
@@ -94,7 +107,18 @@ def repeats(graph_module: GraphModule) -> bool:
     return len(segments(graph_module.graph)) > 2
 
 
-def piece_of(program: GraphModule, run: Sequence[Node]) -> Piece:
+def cut(graph_module: GraphModule, looks: Callable[[Node], str] = lambda placeholder: "") -> list[Piece]:
+    """The graph at its layers; as one piece where something else than `CARRIED` would cross a boundary.
+
+    `looks` adds to the structure what else distinguishes an input of the graph.
+    """
+    pieces = [piece_of(graph_module, run, looks) for run in segments(graph_module.graph)]
+    if any(not isinstance(value_of(n), CARRIED) for piece in pieces for n in piece.inputs):
+        return [piece_of(graph_module, [n for n in graph_module.graph.nodes if n.op in CALLS], looks)]
+    return pieces
+
+
+def piece_of(program: GraphModule, run: Sequence[Node], looks: Callable[[Node], str]) -> Piece:
     """The nodes of a run as a graph whose placeholders are in the order of their first use."""
     inside = set(run)
     read = dict.fromkeys(n for node in run for n in node.all_input_nodes if n not in inside)
@@ -104,7 +128,7 @@ def piece_of(program: GraphModule, run: Sequence[Node]) -> Piece:
     copies: dict[Node, Node] = {}
     for i, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"in_{i}")
-        copies[node].meta["val"] = node.meta["val"]
+        copies[node].meta["val"] = value_of(node)
     for node in run:
         copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
@@ -115,11 +139,14 @@ def piece_of(program: GraphModule, run: Sequence[Node]) -> Piece:
         return used.setdefault(found[0], f"s{len(used)}") if found[0] in names else found[0]
 
     structure = re.sub(r"\bs\d+\b", numbered, _structure(graph, program))
-    return Piece(GraphModule(program, graph), inputs, outputs, structure, tuple(names[n] for n in used))
+    structure = "\n".join([structure, *(looks(node) for node in inputs)])
+    layer = next((found for node in run if (found := layer_of(node)) is not None), None)
+    symbols = tuple(names[n] for n in used)
+    return Piece(GraphModule(program, graph), inputs, outputs, structure, symbols, layer)
 
 
 def _symbolic_sizes(nodes: Iterable[Node]) -> Iterator[torch.SymInt]:
-    for value in (leaf for node in nodes for leaf in tree_leaves(node.meta.get("val"))):
+    for value in (leaf for node in nodes for leaf in tree_leaves(value_of(node))):
         sizes = (*value.shape, *value.stride()) if isinstance(value, torch.Tensor) else (value,)
         yield from (n for n in sizes if isinstance(n, torch.SymInt))
 
@@ -134,7 +161,7 @@ def _sizes_of(run: Sequence[Node], read: Iterable[Node]) -> list[Node]:
     symbols = _symbols_in((*read, *run))
     found = []
     for node in run[0].graph.nodes:
-        value = node.meta.get("val")
+        value = value_of(node)
         if node.op == "placeholder" and isinstance(value, torch.SymInt) and value.node.expr in symbols:
             found.append(node)
     return found
@@ -149,11 +176,12 @@ def _structure(graph: Graph, program: GraphModule) -> str:
         number[node] = f"%{i}"
         args = map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Name(number[n]))
         if node.op == "placeholder":
-            lines.append(f"{number[node]} {_look(node.meta['val'], storages)}")
+            lines.append(f"{number[node]} {_look(value_of(node), storages)}")
         elif node.op == "get_attr":
             lines.append(f"{number[node]} constant {_content(_attribute(program, node.target))}")
         else:
-            lines.append(f"{number[node]} {node.target} {args}")
+            own = "" if isinstance(node.target, (str, OpOverload)) else id(node.target)
+            lines.append(f"{number[node]} {node.op} {node.target} {own} {args}")
     return "\n".join(lines)
 
 
@@ -192,21 +220,29 @@ def outlined(graph_module: GraphModule, compile_piece: Compile) -> Callable[...,
 
     `compile_piece` is given a graph and its example values, and returns a callable that returns a tuple.
     """
-    pieces = [piece_of(graph_module, run) for run in segments(graph_module.graph)]
-    if any(not isinstance(n.meta["val"], CARRIED) for piece in pieces for n in piece.inputs):
-        pieces = [piece_of(graph_module, [n for n in graph_module.graph.nodes if n.op in CALLS])]
-    compiled: list[tuple[Piece, Callable[..., Any]]] = []
-    calls = []
+    pieces = cut(graph_module)
+    compiled = shared(pieces, lambda piece: compile_piece(piece.graph_module, [*map(value_of, piece.inputs)]))
+    return stitched(graph_module.graph, pieces, compiled)
+
+
+def shared(
+    pieces: Iterable[Piece],
+    make: Callable[[Piece], Made],
+    agree: Callable[[Piece, Piece], bool] = lambda piece, other: True,
+) -> list[Made]:
+    """For each piece what was made of it, or of an earlier one that serves it and agrees with it."""
+    made: list[tuple[Piece, Made]] = []
+    found = []
     for piece in pieces:
-        call = next((call for other, call in compiled if _serves(other, piece)), None)
-        if call is None:
-            call = compile_piece(piece.graph_module, [node.meta["val"] for node in piece.inputs])
-            compiled.append((piece, call))
-        calls.append(call)
-    return _stitched(graph_module.graph, pieces, calls)
+        result = next((m for other, m in made if serves(other, piece) and agree(other, piece)), None)
+        if result is None:
+            result = make(piece)
+            made.append((piece, result))
+        found.append(result)
+    return found
 
 
-def _serves(compiled: Piece, piece: Piece) -> bool:
+def serves(compiled: Piece, piece: Piece) -> bool:
     """Whether what was compiled for one piece holds for another.
 
     Layers of one structure may have sizes of different symbols: each cache has a length of its own. A
@@ -226,10 +262,17 @@ def _serves(compiled: Piece, piece: Piece) -> bool:
     )
 
 
-def _stitched(
-    graph: Graph, pieces: Sequence[Piece], calls: Sequence[Callable[..., Any]]
+def stitched(
+    graph: Graph,
+    pieces: Sequence[Piece],
+    calls: Sequence[Callable[..., Any]],
+    added: Sequence[Sequence[int]] = (),
 ) -> Callable[..., Any]:
-    """One straight line of Python that calls the pieces and lets go of every value after its last use."""
+    """One straight line of Python that calls the pieces and lets go of every value after its last use.
+
+    With `added` it takes more arguments than the graph has inputs: each piece gets those of these numbers,
+    after its own.
+    """
     last_use = {node: i for i, piece in enumerate(pieces) for node in piece.inputs}
     output = graph.find_nodes(op="output")[0]
     kept = set(output.all_input_nodes)
@@ -247,9 +290,11 @@ def _stitched(
         constants[f"constant_{len(constants)}"] = value
         return f"constant_{len(constants) - 1}"
 
-    lines = [f"def run({', '.join(name[node] for node in graph.find_nodes(op='placeholder'))}):"]
+    names = [*(name[node] for node in graph.find_nodes(op="placeholder")), *(["*added"] if added else [])]
+    lines = [f"def run({', '.join(names)}):"]
     for i, piece in enumerate(pieces):
-        arguments = ", ".join(name[node] for node in piece.inputs)
+        own = [f"added[{number}]" for number in added[i]] if added else []
+        arguments = ", ".join([*(name[node] for node in piece.inputs), *own])
         targets = "".join(f"{name[node]}, " for node in piece.outputs)
         lines.append(f"    {f'{targets}= ' if targets else ''}call_{i}({arguments})")
         done = [

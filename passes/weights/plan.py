@@ -6,7 +6,7 @@ A plan names only what it changes; every other tensor of a state dict is carried
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -72,6 +72,22 @@ class WeightPlan:
         """
         transforms, usages = invert(self.sources, self.transforms, self.usages)
         return WeightPlan(self.targets, transforms, usages)
+
+    def renamed(self, renamed: Callable[[str], str]) -> "WeightPlan":
+        """The same plan over other names: those of another layer, say."""
+        names = {source.name: renamed(source.name) for source in self.sources}
+        return WeightPlan(
+            tuple(replace(source, name=names[source.name]) for source in self.sources),
+            tuple(
+                Transform(
+                    replace(t.target, name=renamed(t.target.name)),
+                    t.rows.renamed(names),
+                    tuple(panel.renamed(names) for panel in t.beside),
+                )
+                for t in self.transforms
+            ),
+            tuple(replace(usage, source=names.get(usage.source, usage.source)) for usage in self.usages),
+        )
 
     def bind(self, headers: Mapping[str, Any]) -> "WeightPlan":
         """This plan fitted to named tensors (anything with .shape and .dtype): dtypes, prefix and presence.

@@ -9,6 +9,8 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fxfuse
+from fxfuse.passes.outcome import Outcome
+from fxfuse.passes.pipeline import Pass
 from fxfuse.runtime import inner, outline
 
 LAYERS = 8
@@ -43,12 +45,14 @@ class Recorder:
 def test_pieces_give_the_same_tokens_and_equal_layers_are_one_compilation(
     model: Any, cache: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Cut after the passes, where one of them looks at the whole graph."""
     recorder = Recorder()
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "cache_implementation": cache}
     prompts = [torch.randint(1, 300, (1, length)) for length in (9, 17)]
     expected = [model.generate(prompt, **options) for prompt in prompts]
     monkeypatch.setattr(inner, "compile_graph", recorder)
-    with fxfuse.optimized(model, inner="eager"):
+    wide = Pass("wide", lambda program: Outcome())
+    with fxfuse.optimized(model, inner="eager", passes=["default", wide]):
         for prompt, tokens in zip(prompts, expected, strict=True):
             assert torch.equal(model.generate(prompt, **options), tokens)
         assert model.optimization_report.calls == 8
