@@ -168,7 +168,11 @@ def _program(graph_module: GraphModule, inputs: list[Any], options: Options, ses
     )
     refused = session.refusals
     if refused is None:
-        refused = refusals_of(session.model, {names[p]: value for p, value in parameters.items()})
+        refused = refusals_of(
+            session.model,
+            {names[p]: value for p, value in parameters.items()},
+            _other_tensors(map(_dotted_source, nodes), inputs),
+        )
     weights = {
         p: Weight(names[p], value.requires_grad, refused.get(names[p])) for p, value in parameters.items()
     }
@@ -218,19 +222,31 @@ def _dotted_source(placeholder: Node) -> str:
     return ".".join(part for part in re.findall(r"\w+", _source(placeholder)) if part not in ignored)
 
 
+def _other_tensors(names: Iterable[str], inputs: Iterable[Any]) -> dict[str, torch.Tensor]:
+    """The inputs of a graph that are tensors and no parameters; some may be views of one."""
+    named = zip(names, inputs, strict=True)
+    return {n: x for n, x in named if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)}
+
+
 def refusals_of(
-    model: nn.Module | None, graph_parameters: Mapping[str, nn.Parameter] = MappingProxyType({})
+    model: nn.Module | None,
+    graph_parameters: Mapping[str, nn.Parameter] = MappingProxyType({}),
+    graph_tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
 ) -> dict[str, str]:
     """Why some parameters of the model or of its graph must stay where they are, by name."""
-    parameters = dict(graph_parameters)
+    parameters, others = dict(graph_parameters), dict(graph_tensors)
     hooked = {}
     if model is not None:
         parameters = {**dict(model.named_parameters()), **parameters}
         for path, module in model.named_modules():
+            kept = {**module._buffers, **vars(module)}
+            others |= {
+                f"{path}.{name}".strip("."): x for name, x in kept.items() if isinstance(x, torch.Tensor)
+            }
             if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
                 for name, _ in module.named_parameters(prefix=path, recurse=False):
                     hooked[name] = "its module has a forward hook"
-    return {**hooked, **live_weights.refusals(parameters)}
+    return {**hooked, **live_weights.refusals(parameters, others)}
 
 
 def _with_live_weights(
@@ -249,13 +265,14 @@ def _with_live_weights(
         for fused in program.fused
     ]
     named = {position[placeholder]: weight.name for placeholder, weight in program.weights.items()}
+    sources = [_dotted_source(node) for node in program.placeholders()[: len(position) - len(slots)]]
     model = weakref.ref(session.model) if session.model is not None else lambda: None
 
     def refused(args: Sequence[Any]) -> dict[int, str]:
         root = model()  # one graph may serve several of its modules, so that names are those of the call
         known = {} if root is None else {id(p): name for name, p in root.named_parameters()}
         names = {i: known.get(id(args[i])) or f"{name} ({i})" for i, name in named.items()}
-        found = refusals_of(root, {name: args[i] for i, name in names.items()})
+        found = refusals_of(root, {name: args[i] for i, name in names.items()}, _other_tensors(sources, args))
         return {i: f"{name}: {found[name]}" for i, name in names.items() if name in found}
 
     weights = live_weights.LiveWeights(

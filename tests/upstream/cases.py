@@ -191,9 +191,11 @@ MODELS: tuple[Row, ...] = (
     ),
     ("sglang#21347, rtp-llm#799", "tied embeddings", LOAD + "a_tied_head_is_there_under_either_name"),
     (
-        "sglang#23474",
+        "sglang#23474, #22057",
         "offloaded and aliased weights",
-        "daily/test_life.py::test_offloaded_weights_stay_where_they_are_with_the_reason",
+        "daily/test_life.py::test_offloaded_weights_stay_where_they_are_with_the_reason "
+        + HERE
+        + "sglang_22057_a_view_of_a_weight_that_the_module_keeps_is_never_stale",
     ),
     (
         "vllm#37444, #37448",

@@ -12,6 +12,7 @@ import fxfuse
 from fxfuse import rewrite
 from fxfuse.passes.pipeline import PASSES
 from fxfuse.runtime.backend import backend
+from fxfuse.runtime.optimize import optimization_report
 from fxfuse.testing.tensors import integer_like_, integer_tensor
 
 ALL = tuple(each.name for each in PASSES)
@@ -296,3 +297,40 @@ def test_vllm_32710_strided_parts_are_what_the_next_operator_needs() -> None:
         return q.view(-1, 4), k.contiguous(), torch.as_strided(v, (2, 5, 8), (40, 8, 1))
 
     exact(Three(strided))
+
+
+@pytest.mark.parametrize("kept", ["attribute", "detached attribute", "buffer", "list"])
+def test_sglang_22057_a_view_of_a_weight_that_the_module_keeps_is_never_stale(kept: str) -> None:
+    """Packing moves a parameter, and would leave a view of its old memory with the values of that day."""
+
+    class Viewed(Three):
+        def __init__(self) -> None:
+            super().__init__(lambda x, q, k, v: q + k + v)
+            self.requires_grad_(False)
+            view = self.q.weight.view(4, 16)
+            if kept == "attribute":
+                self.view = view
+            elif kept == "detached attribute":
+                self.view = view.detach()
+            elif kept == "buffer":
+                self.register_buffer("view", view.detach())
+            else:
+                self.views = [view]
+
+        def forward(self, x: Tensor) -> Tensor:
+            view = self.views[0] if kept == "list" else self.view
+            return super().forward(x) * view.sum()
+
+    plain, model, x = (
+        Viewed(),
+        fxfuse.optimize(Viewed(), inner="eager", report="off"),
+        integer_tensor((2, 5, H), 0),
+    )
+    with torch.no_grad():
+        for step in range(3):
+            assert torch.equal(model(x), plain(x))
+            for parameter in (*plain.parameters(), *model.parameters()):
+                parameter.add_(step + 1)
+    report = optimization_report(model)
+    assert report is not None and report.matched == 1 and report.calls == 3
+    assert [miss.where for miss in report.misses if "shares memory with view" in miss.reason] == ["q"]
