@@ -18,7 +18,8 @@ FP8 = "runtime/layouts/test_fp8_sources.py::test_"
 OPS = "runtime/ops/"
 LOAD = "runtime/test_load.py::test_"
 CONVERT = "runtime/test_convert.py::test_"
-SAVING = "runtime/test_saving.py::test_"
+CHECKPOINTS = "upstream/test_checkpoints.py::test_"
+FORMULAS = "runtime/layouts/test_formulas.py::test_"
 
 Row = tuple[str, str, str]
 
@@ -92,29 +93,45 @@ GRAPHS: tuple[Row, ...] = (
     (
         "NeMo-Automodel#2484",
         "A_log must stay fp32",
-        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        CHECKPOINTS + "nemo_automodel_2484_what_is_float32_in_a_bfloat16_file_stays_so",
     ),
     (
         "vllm#41457",
         "uniform quantisation judged across layers",
-        "runtime/test_plan.py::test_a_group_of_two_dtypes_stays_as_it_is",
+        CHECKPOINTS + "vllm_41457_layers_are_quantised_each_for_itself",
     ),
-    ("vllm#47445", "bf16 in_proj_ba taken for FP8", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "vllm#47445",
+        "bf16 in_proj_ba taken for FP8",
+        CHECKPOINTS
+        + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain"
+        + " "
+        + SCALES
+        + "dtypes_and_scales_that_disagree_are_refused",
+    ),
     (
         "vllm#34697",
         "sizes of one family used for another",
-        "passes/test_families.py::test_every_family_gives_the_plan_that_names_alone_give",
+        CHECKPOINTS
+        + "vllm_34697_each_family_has_the_sizes_of_its_own_projections"
+        + " "
+        + FORMULAS
+        + "the_rows_of_qwen3_next_are_parted_again",
     ),
     (
         "ROCm/ATOM#782",
         "a fused tensor dropped by the loader",
-        "passes/weights/test_check.py::test_a_plan_that_is_no_bijection_is_refused",
+        CHECKPOINTS + "atom_782_a_merged_tensor_fills_its_parts_or_is_missed",
     ),
-    ("vllm#42803", "rows of q moved into k", PLAN + "inverse_gives_every_bit_back"),
+    (
+        "vllm#42803",
+        "rows of q moved into k",
+        FORMULAS + "every_row_is_where_the_formula_puts_it" + " " + PLAN + "inverse_gives_every_bit_back",
+    ),
     (
         "llmman#16, hyprstream#1547",
         "q and gate split flat, not by head",
-        PLAN + "interleaving_per_head_is_reshape_and_cat",
+        FORMULAS + "every_row_is_where_the_formula_puts_it",
     ),
     (
         "TensorRT-LLM#4674",
@@ -174,20 +191,22 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#21662, #21313",
         "a parameter's loader has no setter",
-        "impossible here: plans are data, no parameter has a loader; "
-        + PLAN
-        + "inverse_is_an_involution_and_json_round_trips",
+        CHECKPOINTS + "sglang_21662_what_parameters_carry_is_left_on_them",
     ),
     ("sglang#21698", "incomplete scale overrides", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
     (
         "sglang#18926",
         "block scales of merged projections, mtp prefix",
-        SCALES + "merged_weights_and_scales_are_the_parts",
+        SCALES
+        + "merged_weights_and_scales_are_the_parts"
+        + " "
+        + CHECKPOINTS
+        + "sglang_18926_scales_of_the_draft_model_are_not_merged_with_the_decoders",
     ),
     (
         "sglang#35719, #38878, #35797",
         "mtp and shared experts dropped",
-        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        CHECKPOINTS + "sglang_35719_and_vllm_52013_the_draft_model_stays_under_its_names",
     ),
     ("sglang#21347, rtp-llm#799", "tied embeddings", LOAD + "a_tied_head_is_there_under_either_name"),
     (
@@ -205,17 +224,37 @@ MODELS: tuple[Row, ...] = (
     (
         "vllm#35924",
         "few columns under tensor parallelism",
-        "runtime/layouts/test_tensor_parallel.py::test_rows_and_columns_that_do_not_divide_are_refused",
+        CHECKPOINTS + "vllm_35924_few_rows_for_each_rank_are_whole_heads_or_refused",
     ),
     (
         "vllm#35287, #48814",
         "quantisation formats",
         "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
-    ("vllm#51836, ms-swift#9412, #9972", "fp32 A_log lost", LOAD + "dtypes_of_the_model_and_strides_stay"),
-    ("vllm#52013", "mtp.lm_head renamed", "not shown: mtp.* keeps its names, but no test has mtp.lm_head"),
+    (
+        "vllm#51836, ms-swift#9412, #9972",
+        "fp32 A_log lost",
+        CHECKPOINTS
+        + "vllm_51836_float32_parts_of_a_bfloat16_model_are_loaded_without_rounding"
+        + " "
+        + CHECKPOINTS
+        + "nemo_automodel_2484_what_is_float32_in_a_bfloat16_file_stays_so",
+    ),
+    (
+        "vllm#52013",
+        "mtp.lm_head renamed",
+        CHECKPOINTS + "sglang_35719_and_vllm_52013_the_draft_model_stays_under_its_names",
+    ),
     ("vllm#41384", "PEFT target_parameters dropped", "daily/test_adapters.py::test_adapters_before_optimize"),
-    ("transformers#48349", "a prefix that does not match", PLAN + "bind_follows_the_decoders_prefix"),
+    (
+        "transformers#48349",
+        "modules left out of FP8 by names with another prefix",
+        CHECKPOINTS
+        + "transformers_48349_modules_left_out_of_fp8_are_known_under_any_prefix"
+        + " "
+        + PLAN
+        + "bind_follows_the_decoders_prefix",
+    ),
     (
         "transformers#44230, #43154",
         "FP8 experts",
@@ -226,7 +265,15 @@ MODELS: tuple[Row, ...] = (
         "mtp lost on saving",
         CONVERT + "there_and_back_is_byte_equal_and_there_is_the_plan_applied",
     ),
-    ("ktransformers#1996", "FP8 shapes", FP8 + "scales_that_do_not_divide_are_refused"),
+    (
+        "ktransformers#1996",
+        "FP8 shapes",
+        SCALES
+        + "merged_weights_and_scales_are_the_parts"
+        + " "
+        + FP8
+        + "a_config_gives_the_plan_of_its_files",
+    ),
     (
         "ktransformers#1928",
         "GPTQ",
@@ -240,7 +287,7 @@ MODELS: tuple[Row, ...] = (
     (
         "GPTQModel#2694",
         "a prefix mismatch leaves experts random",
-        LOAD + "every_fault_is_listed_and_the_model_is_unchanged",
+        CHECKPOINTS + "gptqmodel_2694_experts_under_another_prefix_are_loaded_or_refused",
     ),
     (
         "FastDeploy#7057, #7410",
@@ -252,13 +299,21 @@ MODELS: tuple[Row, ...] = (
         "fused and single experts",
         "runtime/layouts/test_experts.py::test_a_stack_comes_apart_and_together",
     ),
-    ("tokenspeed#766", "FP8 with a fused ba", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "tokenspeed#766",
+        "FP8 with a fused ba",
+        CHECKPOINTS + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain",
+    ),
     (
         "1Cat-vLLM#428",
         "bitsandbytes shapes",
         "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
-    ("prime-rl#2166", "one row cannot be quantised by blocks", SCALES + "a_table_of_one_block_is_a_table"),
+    (
+        "prime-rl#2166",
+        "one row cannot be quantised by blocks",
+        CHECKPOINTS + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain",
+    ),
     (
         "sglang#22312",
         "b and a as strided views",
@@ -332,7 +387,15 @@ MODELS: tuple[Row, ...] = (
         "optional kernels gate features",
         OPS + "test_interpreter.py::test_the_operators_import_without_triton_and_do_not_import_it",
     ),
-    ("ms-swift#9325", "an export too small", CONVERT + "progress_counts_every_byte_once"),
+    (
+        "ms-swift#9325",
+        "an FP8 export too small",
+        SCALES
+        + "quantised_checkpoints_convert_there_and_back"
+        + " "
+        + CONVERT
+        + "progress_counts_every_byte_once",
+    ),
 )
 
 
