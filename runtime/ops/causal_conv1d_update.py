@@ -88,8 +88,8 @@ def _causal_conv1d_update(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     there = c < channels
     tokens = x + batch * x_stride_b + c * x_stride_c
     state = conv_state + batch * state_stride_b + c * state_stride_c
@@ -99,17 +99,18 @@ def _causal_conv1d_update(  # type: ignore[no-untyped-def]
             total += tl.load(bias + c * bias_stride, mask=there, other=0.0).to(tl.float32)
         for j in tl.static_range(TAPS):
             if t + j + 1 < TAPS:
-                place = state + (COLUMNS + t + j + 1 - TAPS) * state_stride_s
+                place = state + tl.full((), COLUMNS + t + j + 1 - TAPS, tl.int64) * state_stride_s
             else:
-                place = tokens + (t + j + 1 - TAPS) * x_stride_t
+                place = tokens + tl.full((), t + j + 1 - TAPS, tl.int64) * x_stride_t
             value = tl.load(place, mask=there, other=0.0).to(tl.float32)
-            tap = tl.load(weight + c * weight_stride_c + j * weight_stride_k, mask=there, other=0.0)
+            taps = weight + c * weight_stride_c + tl.full((), j, tl.int64) * weight_stride_k
+            tap = tl.load(taps, mask=there, other=0.0)
             total += value * tap.to(tl.float32)
         if SILU:
             total = silu(total)
         place = out + (batch * LENGTH + t) * channels + c
         tl.store(place, total.to(out.dtype.element_ty), mask=there)
-    s = tl.arange(0, BLOCK_S)
+    s = tl.arange(0, BLOCK_S).to(tl.int64)
     source = LENGTH - COLUMNS + s
     mask = there[:, None] & (s < COLUMNS)[None, :]
     kept = tl.load(
@@ -133,7 +134,7 @@ def launch(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, a
     columns = conv_state.shape[-1]
     if columns == 0 and length == 0:
         return out
-    _causal_conv1d_update[(-(-channels // width), batch)](
+    _causal_conv1d_update[(batch, -(-channels // width))](
         x,
         conv_state,
         weight,
