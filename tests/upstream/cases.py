@@ -40,11 +40,26 @@ GRAPHS: tuple[Row, ...] = (
         "reshape(-1) in a split-cat chain",
         HERE + "pytorch_178676_a_size_of_minus_one_in_a_chain_of_varying_length",
     ),
-    ("pytorch#174361", "the scale of SDPA ignored", HERE + "pytorch_174361_the_scale_of_attention_is_kept"),
+    (
+        "pytorch#174361",
+        "a number of the pattern ignored, the scale of attention",
+        HERE
+        + "pytorch_174361_the_scale_of_attention_is_kept"
+        + " "
+        + HERE
+        + "pytorch_174361_the_scale_of_one_query_is_kept"
+        + " "
+        + HERE
+        + "pytorch_174361_no_number_of_a_formula_is_ignored",
+    ),
     (
         "pytorch#111190",
         "no match under dynamic shapes",
-        HERE + "pytorch_111190_as_many_matches_with_varying_sizes",
+        HERE
+        + "pytorch_111190_as_many_matches_with_varying_sizes"
+        + " "
+        + HERE
+        + "pytorch_111190_idioms_match_with_varying_sizes_as_with_fixed_ones",
     ),
     (
         "pytorch#136329",
@@ -59,7 +74,11 @@ GRAPHS: tuple[Row, ...] = (
     (
         "pytorch#132932",
         "a mutating replacement, then a second pass",
-        HERE + "pytorch_132932_a_second_run_sees_the_writes_of_the_first",
+        HERE
+        + "pytorch_132932_a_write_that_a_pass_puts_in_is_seen_by_the_next"
+        + " "
+        + HERE
+        + "pytorch_132932_a_second_run_sees_the_writes_of_the_first",
     ),
     (
         "torch 2.13 setitem",
@@ -70,24 +89,56 @@ GRAPHS: tuple[Row, ...] = (
     (
         "onnxscript#2880",
         "a match that differs from run to run",
-        HERE + "onnxscript_2880_a_hundred_runs_give_one_graph",
+        HERE
+        + "onnxscript_2880_a_hundred_runs_give_one_graph"
+        + " "
+        + HERE
+        + "onnxscript_2880_processes_with_other_hashes_give_one_graph",
     ),
-    ("onnxscript#2841", "negative literals fused", HERE + "onnxscript_2841_signs_of_literals"),
-    ("onnxscript#2402", "partial rotary", HERE + "onnxscript_2402_a_rotation_of_a_quarter"),
+    (
+        "onnxscript#2841",
+        "negative literals fused",
+        HERE
+        + "onnxscript_2841_signs_of_literals"
+        + " "
+        + HERE
+        + "onnxscript_2841_negative_padding_in_front_of_a_convolution",
+    ),
+    (
+        "onnxscript#2402",
+        "partial rotary",
+        HERE
+        + "onnxscript_2402_rotation_is_found_whole_and_partial"
+        + " "
+        + HERE
+        + "onnxscript_2402_a_rotation_of_a_quarter",
+    ),
     (
         "vllm#48671",
         "head geometry of the first layer taken for all",
-        HERE + "vllm_48671_two_layers_of_different_heads_each_by_its_own",
+        HERE
+        + "vllm_48671_attention_of_one_width_and_different_heads_each_by_its_own"
+        + " "
+        + HERE
+        + "vllm_48671_two_layers_of_different_heads_each_by_its_own",
     ),
     (
         "vllm#48330",
         "a norm of mixed dtypes matched",
-        HERE + "vllm_48330_a_norm_in_two_dtypes_keeps_its_arithmetic",
+        HERE
+        + "vllm_48330_a_norm_in_two_dtypes_keeps_its_arithmetic"
+        + " "
+        + HERE
+        + "vllm_48330_a_sum_and_its_norm_in_several_dtypes",
     ),
     (
         "vllm#41972",
         "a fresh buffer read before it was written",
-        OPS + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
+        HERE
+        + "vllm_41972_a_norm_without_a_residual_is_given_none"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     ("Liger#74", "RMSNorm without the 1.0", HERE + "liger_74_a_weight_of_zero_passes_the_signal"),
     (
@@ -156,17 +207,25 @@ GRAPHS: tuple[Row, ...] = (
     (
         "vllm#32710, sglang#23584, TensorRT-LLM#14535",
         "strided views into operators that need dense ones",
-        HERE + "vllm_32710_strided_parts_are_what_the_next_operator_needs",
+        HERE
+        + "vllm_32710_strided_parts_are_what_the_next_operator_needs"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     (
         "vllm-omni#4262",
         "views take SDPA off its fast path",
-        "not shown: no test looks at the strides of SDPA's inputs",
+        HERE + "vllm_omni_4262_attention_is_asked_for_the_same_kernel",
     ),
     (
         "pytorch#130243, #147828, #186850",
         "strides changed at custom operators",
-        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+        HERE
+        + "pytorch_130243_every_operator_is_held_to_torchs_rules_for_operators"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     (
         "Rapid-MLX#2159",
@@ -174,7 +233,15 @@ GRAPHS: tuple[Row, ...] = (
         HERE + "rapid_mlx_2159_integers_are_equal_for_every_number_of_rows",
     ),
     ("vllm#36329", "few outputs break a kernel", HERE + "vllm_36329_few_outputs"),
-    ("pytorch#168373", "a fresh backend for each compile", HERE + "pytorch_168373_one_backend_object"),
+    (
+        "pytorch#168373",
+        "a fresh backend for each compile",
+        HERE
+        + "pytorch_168373_one_backend_object"
+        + " "
+        + HERE
+        + "pytorch_168373_compiling_anew_with_equal_options_compiles_nothing",
+    ),
     (
         "Liger#1470",
         "some norms missed on existing instances",
