@@ -19,6 +19,8 @@ OPS = "runtime/ops/"
 LOAD = "runtime/test_load.py::test_"
 CONVERT = "runtime/test_convert.py::test_"
 CHECKPOINTS = "upstream/test_checkpoints.py::test_"
+RUNNING = "upstream/test_models.py::test_"
+KERNELS = "runtime/ops/test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter"
 FORMULAS = "runtime/layouts/test_formulas.py::test_"
 
 Row = tuple[str, str, str]
@@ -202,7 +204,11 @@ GRAPHS: tuple[Row, ...] = (
     (
         "vllm#48941, #40390, vllm-ascend#13902, #7473",
         "a derived weight reallocated",
-        LIVE + "packing_again_goes_into_the_same_memory_where_nobody_else_sees_it",
+        RUNNING
+        + "sglang_39139_weights_go_and_come_back_at_one_address"
+        + " "
+        + LIVE
+        + "packing_again_goes_into_the_same_memory_where_nobody_else_sees_it",
     ),
     (
         "vllm#32710, sglang#23584, TensorRT-LLM#14535",
@@ -312,7 +318,14 @@ MODELS: tuple[Row, ...] = (
         "mtp.lm_head renamed",
         CHECKPOINTS + "sglang_35719_and_vllm_52013_the_draft_model_stays_under_its_names",
     ),
-    ("vllm#41384", "PEFT target_parameters dropped", "daily/test_adapters.py::test_adapters_before_optimize"),
+    (
+        "vllm#41384",
+        "PEFT target_parameters dropped",
+        RUNNING
+        + "vllm_41384_adapters_of_stacked_experts_take_part"
+        + " "
+        + "daily/test_adapters.py::test_adapters_before_optimize",
+    ),
     (
         "transformers#48349",
         "modules left out of FP8 by names with another prefix",
@@ -384,7 +397,10 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#22312",
         "b and a as strided views",
-        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+        OPS
+        + "test_gdn_gates.py::test_they_are_those_of_transformers_and_the_switch_rounds_beta_as_eager_does"
+        + " "
+        + KERNELS,
     ),
     (
         "sglang#20741, #19961",
@@ -395,7 +411,14 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#38975, #38977, #40362, vllm#53877, #51779, #51797",
         "beta rounded, or not",
-        OPS + "test_gdn_decode.py::test_the_switch_rounds_the_rate_as_eager_does",
+        RUNNING
+        + "sglang_38975_rates_that_are_not_rounded_keep_the_state"
+        + " "
+        + OPS
+        + "test_gdn_decode.py::test_the_switch_rounds_the_rate_as_eager_does"
+        + " "
+        + OPS
+        + "test_gdn_gates.py::test_they_are_those_of_transformers_and_the_switch_rounds_beta_as_eager_does",
     ),
     (
         "sglang#13081, vllm#28182, vllm-ascend#3571",
@@ -410,44 +433,73 @@ MODELS: tuple[Row, ...] = (
     (
         "vllm#51305, #51370",
         "fp32 inputs of chunk kernels",
-        OPS + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers",
+        KERNELS + " " + OPS + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers",
     ),
-    ("sglang#19070", "precision under tensor parallelism", "not shown: nothing here runs on several devices"),
+    (
+        "sglang#19070",
+        "partial sums added up twice under tensor parallelism",
+        RUNNING + "sglang_19070_what_the_ranks_compute_adds_up_to_the_whole",
+    ),
     (
         "vllm#36872",
         "speculative decoding",
-        "daily/test_generate.py::test_assisted_decoding_with_both_models_optimised_and_with_lookup",
+        RUNNING
+        + "vllm_36872_speculation_over_recurrent_states_is_refused_as_for_the_plain_model"
+        + " "
+        + "daily/test_generate.py::test_assisted_decoding_with_both_models_optimised_and_with_lookup",
     ),
     (
         "sglang#34421, #34307",
         "ratios 3 and 8",
-        "passes/test_layout_chains.py::test_a_grouped_projection_is_rewritten_bit_for_bit",
+        "passes/test_layout_chains.py::test_a_grouped_projection_is_rewritten_bit_for_bit"
+        + " "
+        + OPS
+        + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers"
+        + " "
+        + FORMULAS
+        + "every_row_is_where_the_formula_puts_it",
     ),
-    ("FLA#913, #607", "faults of kernels on one device", "not shown: needs that device"),
+    ("FLA#913, #607", "kernels that read beyond the ends", KERNELS),
     (
         "transformers#46851, #46859",
         "packed documents leak",
-        OPS + "test_causal_conv1d.py::test_packed_sequences_give_what_each_gives_alone",
+        RUNNING
+        + "transformers_46851_packed_documents_are_what_the_plain_model_makes_of_them"
+        + " "
+        + OPS
+        + "test_causal_conv1d.py::test_packed_sequences_give_what_each_gives_alone"
+        + " "
+        + OPS
+        + "test_gated_delta_rule.py::test_packed_sequences_give_bit_for_bit_what_each_gives_alone",
     ),
     (
         "transformers#46773",
         "the padding mask skipped at batch 1",
-        "daily/test_generate.py::test_prompts_of_several_lengths_padded_on_the_left",
+        RUNNING
+        + "transformers_46773_padding_of_a_single_sequence_is_masked"
+        + " "
+        + "daily/test_generate.py::test_prompts_of_several_lengths_padded_on_the_left",
     ),
     (
         "transformers#46441",
         "static cache without linear attention",
-        "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
+        RUNNING
+        + "transformers_46441_a_static_cache_starts_anew"
+        + " "
+        + "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
     ),
     (
         "FLA#52",
         "wrong under torch.compile",
-        OPS + "test_gated_delta_rule.py::test_the_operator_keeps_torchs_rules",
+        OPS
+        + "test_gated_delta_rule.py::test_the_operator_keeps_torchs_rules"
+        + " "
+        + "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
     ),
     (
         "axolotl#3734",
         "a graph break in the GDN loop",
-        "passes/test_families.py::test_0_8b_leaves_nothing_unexplained",
+        RUNNING + "axolotl_3734_a_prompt_and_a_token_are_one_graph_each",
     ),
     (
         "unsloth#6850, #5434, #4688, #5345, peft#3009",
