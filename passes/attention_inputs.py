@@ -21,7 +21,6 @@ from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
 
-LARGEST_EPS = 1e-2
 INDEX_COPY = "aten.index_copy_.default"
 
 
@@ -171,8 +170,7 @@ def readings(
     queries, keys, values, gates = by_role
     if not (queries and keys and values):
         raise Refused(found.query, "its query, key and value are no parts of projections")
-    numbers = [x for n in region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)]
-    epsilons = sorted({abs(x) for x in numbers})
+    epsilons = readings_of.epsilons(tree_leaves([(n.args, n.kwargs) for n in region]))
     orders: list[Any] = list(permutations(weights)) if len(weights) == 2 else [tuple(weights) * 2]
     if not weights:
         orders, epsilons = [(None, None)], [0.0]
@@ -183,10 +181,6 @@ def readings(
             continue
         for pair, cos_sin, eps in product(orders, permutations(angles), epsilons):
             yield Reading(query, gate, key, value, pair, cos_sin, eps)  # type: ignore[arg-type]
-
-
-def _is_eps(x: object) -> bool:
-    return isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS
 
 
 def joined(query: Part, gate: Part, heads: int) -> Part | None:

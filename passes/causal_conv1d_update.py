@@ -1,4 +1,4 @@
-"""A decoded token's causal convolution, with the state of last columns that it moves on, becomes one call.
+"""A causal convolution behind a state of last columns, and the write that moves it on, become one call.
 
 Before: columns = cat([state, x], -1); state.copy_(columns[:, :, -S:])
         y = silu(conv1d(columns, w[:, None], bias, groups=C)[:, :, -T:])
@@ -39,7 +39,7 @@ def _columns(conv: Node, writers: Mapping[int | None, Sequence[Node]]) -> tuple[
     writes = writers.get(storage_of(state), ())
     if state.op != "placeholder" or len(writes) != 1:
         return None
-    return (state, tokens, writes[0]) if isinstance(tokens.meta["val"].shape[2], int) else None
+    return state, tokens, writes[0]
 
 
 def _operator_on(conv: Node, state: Node, tokens: Node, silu: bool) -> Any:

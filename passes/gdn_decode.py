@@ -28,10 +28,10 @@ from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by,
 from fxfuse.passes.row_parts import Part, parts_of
 from fxfuse.passes.storage_writes import storage_of
 from fxfuse.patterns import ops
+from fxfuse.patterns import readings as readings_of
 from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "gdn_decode"
-LARGEST_EPS = 1e-2
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,7 @@ def readings(found: Candidate) -> Iterator[Reading]:
         == [(sizes.value_heads,), (sizes.value_heads,), (sizes.dv,)]
     ]
     choices = list(_parts(rows, sizes))
-    numbers = [x for n in found.region for x in tree_leaves((n.args, n.kwargs)) if _is_eps(x)]
-    epsilons = sorted({abs(x) for x in numbers})
+    epsilons = readings_of.epsilons(tree_leaves([(n.args, n.kwargs) for n in found.region]))
     if not orders or not choices or not epsilons:
         raise Refused(found.result, "its inputs do not have the shapes of gates, norm and the parts of a row")
     for parts, (A_log, dt_bias, norm_weight), eps in product(choices, orders, epsilons):
@@ -161,10 +160,6 @@ def readings(found: Candidate) -> Iterator[Reading]:
 def _is_conv_weight(node: Node, channels: int) -> bool:
     shape = tuple(node.meta["val"].shape)
     return shape[:1] == (channels,) and (len(shape) == 2 or (len(shape) == 3 and shape[1] == 1))
-
-
-def _is_eps(x: object) -> bool:
-    return isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS
 
 
 def _names(nodes: Sequence[Node]) -> str:

@@ -106,20 +106,17 @@ def _origin(node: Node, batch: Any, heads: int, width: int | None, dtype: torch.
         node = node.args[0]
 
 
-def _placed(program: Program, like: Node, node: Node, width: bool) -> Node:
-    """The node as [B, 1, h] or [B, 1, h, width], at the insertion point."""
-    value, aten = node.meta["val"], torch.ops.aten
+def _to_token(value: Tensor, width: bool) -> tuple[Any, ...]:
+    """The call that turns heads [B, h], with or without width, into those of one token [B, 1, h]; or none."""
+    aten = torch.ops.aten
     if value.dim() == 2 + width:
-        return call(program, like, aten.unsqueeze.default, node, 1)
-    if statically_known_true(value.shape[1] == 1):
-        return node
-    return call(program, like, aten.transpose.int, node, 1, 2)
+        return aten.unsqueeze.default, 1
+    return () if statically_known_true(value.shape[1] == 1) else (aten.transpose.int, 1, 2)
 
 
-def _value_placed(value: Any, width: bool) -> Any:
-    if value.dim() == 2 + width:
-        return value.unsqueeze(1)
-    return value if value.shape[1] == 1 else value.transpose(1, 2)
+def _as_token(value: Tensor, width: bool) -> Any:
+    target, *args = _to_token(value, width) or (None,)
+    return value if target is None else target(value, *args)
 
 
 def _bound(formula: Formula, node: Node, name: str) -> Node | None:
@@ -178,20 +175,13 @@ def _query_and_key(query: Node, key: Node, dk: int) -> Iterator[tuple[Node, Node
 
 
 def equal_heads(query: Node, key: Node) -> bool:
-    a, b = (_value_shape(n) for n in (query, key))
-    return equal_sizes(a, b)
-
-
-def _value_shape(node: Node) -> Sequence[Any]:
-    shape = list(node.meta["val"].shape)
-    if len(shape) == 4:
-        shape.pop(1 if statically_known_true(shape[1] == 1) else 2)
-    return shape
+    a, b = (_as_token(n.meta["val"], True) for n in (query, key))
+    return equal_sizes(a.shape, b.shape)
 
 
 def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> Any:
     def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
-        given = [_value_placed(values[n], i < 3) for i, n in enumerate(reading.operands)]
+        given = [_as_token(values[n], i < 3) for i, n in enumerate(reading.operands)]
         out = torch.ops.fxfuse.recurrent_gated_delta_rule(*given, values[found.state], reading.normalise)
         return [out.reshape(-1, *shape[1:])]
 
@@ -235,7 +225,7 @@ def _reason(
     guards: Guards, judge: Judge, found: Candidate, result: Node, region: list[Node], reading: Reading
 ) -> tuple[Node, str] | None:
     value = result.meta["val"]
-    given = [_value_placed(n.meta["val"], i < 3) for i, n in enumerate(reading.operands)]
+    given = [_as_token(n.meta["val"], i < 3) for i, n in enumerate(reading.operands)]
     limit = unsupported(RULE, *given, found.state.meta["val"])
     if limit is not None:
         return found.state, limit
@@ -260,9 +250,12 @@ def _replace(program: Program, found: Candidate, region: list[Node], result: Nod
     with program.graph.inserting_after(region[-1]):
         anchor = program.graph.call_function(aten.alias.default, (result,))
     with program.graph.inserting_before(anchor):
-        given = [_placed(program, result, n, i < 3) for i, n in enumerate(reading.operands)]
-        target: Any = torch.ops.fxfuse.recurrent_gated_delta_rule.default
-        out = call(program, result, target, *given, found.state, reading.normalise)
+        given = []
+        for i, node in enumerate(reading.operands):
+            target, *args = _to_token(node.meta["val"], i < 3) or (None,)
+            given.append(node if target is None else call(program, result, target, node, *args))
+        rule: Any = torch.ops.fxfuse.recurrent_gated_delta_rule.default
+        out = call(program, result, rule, *given, found.state, reading.normalise)
         value = result.meta["val"]
         if value.dim() == 3:
             out = call(program, result, aten.squeeze.dim, out, 1)

@@ -1,5 +1,7 @@
 """How single operators read in a formula, by name."""
 
+from collections.abc import Iterable
+
 from fxfuse.patterns.ops import LAYOUT, RESHAPES
 
 # Change dtype or strides and nothing else.
@@ -39,6 +41,14 @@ LOWER_BOUNDS = frozenset({"aten.clamp.default", "aten.clamp_min.default"})
 ABOVE = frozenset({"aten.gt.Scalar", "aten.ge.Scalar"})
 BELOW = frozenset({"aten.lt.Scalar", "aten.le.Scalar"})
 SOFTPLUS_IS_LINEAR = 17.0
+
+LARGEST_EPS = 1e-2
+
+
+def epsilons(arguments: Iterable[object]) -> list[float]:
+    """The numbers among arguments of calls that may be the epsilon of a norm, ascending."""
+    return sorted({abs(x) for x in arguments if isinstance(x, float) and 0 < abs(x) <= LARGEST_EPS})
+
 
 CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 
 from fxfuse.errors import UnsupportedModelError
 
@@ -38,7 +39,7 @@ def find_decoder(model: nn.Module) -> Found:
     visited = []
     for way in _ways(model):
         visited.append(type(way[-1]).__name__)
-        if isinstance(way[-1]._modules.get("layers"), nn.ModuleList):
+        if isinstance(getattr(way[-1], "layers", None), nn.ModuleList):
             return Found(_outermost(way), way[-1])
     raise UnsupportedModelError(
         f"no decoder stack, a module with `layers`, in {', '.join(dict.fromkeys(visited))}; tried were the "
@@ -78,6 +79,8 @@ def _ways(model: nn.Module) -> Iterator[list[nn.Module]]:
     while waiting:
         way = waiting.popleft()
         yield way
+        if isinstance(way[-1], ScriptModule):  # whose children are no modules of Python
+            continue
         for attribute in ATTRIBUTES:
             inner = way[-1]._modules.get(attribute)
             if inner is not None and id(inner) not in seen:

@@ -19,6 +19,7 @@ from torch.fx import Graph, Node
 
 from fxfuse.passes.program import module_path
 from fxfuse.passes.storage_writes import written_by
+from fxfuse.runtime.ops.causal_conv1d_update import MAX_LENGTH
 
 # Kernels of libraries, and those of torch that Inductor does not generate; the operators of fxfuse are Triton
 # kernels.
@@ -43,6 +44,7 @@ LIBRARY = frozenset(
 )
 # Operators of fxfuse with more than one kernel.
 SEVERAL = {"fxfuse.chunk_gated_delta_rule.default": 2}
+CONVOLUTION_STEP = "fxfuse.causal_conv1d_update.default"
 NO_KERNEL = ("aten.empty", "aten.new_empty", "aten.empty_like", "aten.sym_")
 
 
@@ -108,8 +110,16 @@ def launches(graph: Graph) -> list[tuple[Node, Launch]]:
         elif _is_kernel(node):
             target = str(node.target)
             launch = Launch("library" if target in LIBRARY else "triton", (target.split(".")[1],))
-            found += [(node, launch)] * SEVERAL.get(target, 1)
+            found += [(node, launch)] * _kernels(node)
     return found
+
+
+def _kernels(node: Node) -> int:
+    """How many kernels an operator launches; for many tokens where their number varies."""
+    if str(node.target) == CONVOLUTION_STEP:
+        length = node.args[0].meta["val"].shape[2]  # type: ignore[union-attr]
+        return 1 if isinstance(length, int) and length <= MAX_LENGTH else 2
+    return SEVERAL.get(str(node.target), 1)
 
 
 def _home(node: Node) -> tuple[int, str] | None:

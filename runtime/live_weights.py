@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -335,9 +336,17 @@ def has_aliases(parameter: Tensor) -> bool:
     return bool(count(parameter.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
 
 
-def refusals(tensors: dict[str, nn.Parameter]) -> dict[str, str]:
-    """Why the memory of some of these named parameters may not be rearranged."""
-    by_storage: dict[int, str] = {}
+def refusals(
+    tensors: Mapping[str, nn.Parameter], others: Mapping[str, Tensor] = MappingProxyType({})
+) -> dict[str, str]:
+    """Why the memory of some of these named parameters may not be rearranged.
+
+    `others` are tensors that are no parameters and may be views of some: they would keep the old memory.
+    """
+    plain = {name: t for name, t in others.items() if type(t) is Tensor and t.numel() and not t.is_meta}
+    by_storage = {
+        t.untyped_storage().data_ptr(): name for name, t in plain.items() if t.layout == torch.strided
+    }
     found: dict[str, str] = {}
     for name, tensor in tensors.items():
         if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
@@ -356,5 +365,6 @@ def refusals(tensors: dict[str, nn.Parameter]) -> dict[str, str]:
             other = by_storage.setdefault(tensor.untyped_storage().data_ptr(), name)
             if other != name:
                 found[name] = f"its weight shares memory with {other}"
-                found.setdefault(other, f"its weight shares memory with {name}")
+                if other in tensors:
+                    found.setdefault(other, f"its weight shares memory with {name}")
     return found

@@ -13,12 +13,14 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import nn
-from torch._dynamo.exc import BackendCompilerFailed
+from torch._dynamo.exc import BackendCompilerFailed, TorchDynamoException
+from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import backend, leaves, live_weights, quantized_modules, warm_up
 from fxfuse.runtime.decoder_stack import inner_model
+from fxfuse.runtime.hooks import Hooks
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report, grouped
 
@@ -37,6 +39,24 @@ HOOKED = (
 MODE_LOST = (
     "generate() asked torch.compile for mode={0!r}, which is lost: optimize() has compiled the model "
     "already; model.optimize(mode={0!r}) has it, and generate(disable_compile=True) does not ask for it"
+)
+NO_MEMORY = (
+    "the model is on the meta device: it runs as it was until it has weights, which "
+    "fxfuse.load_state_dict(model, folder) gives it"
+)
+TRACED = "while torch.jit.trace or make_fx traces the model, it runs as it was, and that is what they see"
+# Sets of hooks that a model is compiled for.
+MOST_HOOKINGS = 4
+NOT_CAPTURED = "torch.compile cannot capture a call, which runs as it was: {}"
+# Of an exception of torch's that is part of a note.
+MOST_LETTERS = 300
+HOOKS_CHANGE = (
+    f"hooks were added to the model or removed more than {MOST_HOOKINGS} times: with those it has not been "
+    "compiled with, it runs as it was; keep the hooks and turn them on and off inside, or remove them"
+)
+COMPILED_ALREADY = (
+    "optimize() has compiled this model already: compile what is around it without fullgraph=True, or call "
+    "model.deoptimize() first"
 )
 
 
@@ -97,6 +117,9 @@ def optimize(
     if not isinstance(model, nn.Module):
         raise UnsupportedModelError(f"optimize() takes a torch.nn.Module, not a {type(model).__name__}")
     given, model = model, inner_model(model)
+    kind = type(model).__name__
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedModelError(f"{kind} is TorchScript: give the nn.Module that it was made from")
     state = _states.get(model) if is_optimized(model) else None
     if state is not None and (state.options, state.dynamic) == (options, dynamic):
         return given
@@ -110,12 +133,11 @@ def optimize(
     if options.inner == "inductor" and all(p.device.type == "cpu" for p in model.parameters()):
         warm_up.begin()
     state = State(options, dynamic, Report(model=ref(model)), model._compiled_call_impl)
-    compiled = compiled_call(model, options, dynamic)
     session = backend.Session(state.report, model)
-    model._compiled_call_impl = entry = _entry(compiled, session, dynamic is None, mode)
+    model._compiled_call_impl = entry = _entry(session, options, dynamic)
     state.entry = ref(entry)
     _states[model] = state
-    hooked = [name for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
+    hooked = [name or kind for name, module in model.named_modules() if hasattr(module, "_hf_hook")]
     if hooked and state.report.note(text := HOOKED.format(", ".join(grouped(hooked)))):
         log.warning("%s", text)
     for text in quantized_modules.notes(model):
@@ -150,35 +172,71 @@ def _graph_limit() -> dict[str, Any]:
     return {}  # torch 2.11 and 2.12 know one limit, that of the process
 
 
-def _entry(
-    compiled: Callable[..., Any], session: backend.Session, mark_lengths: bool, mode: str | None
-) -> Callable[..., Any]:
+def _entry(session: backend.Session, options: Options, dynamic: bool | None) -> Callable[..., Any]:
     """The model's compiled call: says for whom graphs are compiled, and which sizes will vary."""
-    model = session.model
+    model, report, mode = session.model, session.report, options.mode
     assert model is not None
+    hooks = Hooks(model)
+    compiled_for: dict[frozenset[int], Callable[..., Any]] = {}
+
+    def as_it_was(why: str, *args: Any, **kwargs: Any) -> Any:
+        result = nn.Module._call_impl(model, *args, **kwargs)
+        if report.note(why):
+            log.warning("%s", why)
+        return result
 
     def fxfuse_call(*args: Any, **kwargs: Any) -> Any:
+        if _has_no_memory(model):
+            return as_it_was(NO_MEMORY, *args, **kwargs)
+        if torch.jit.is_tracing() or is_fx_symbolic_tracing():  # which torch.compile raises at
+            return as_it_was(TRACED, *args, **kwargs)
+        compiled = compiled_for.get(present := hooks.present())
+        if compiled is None:
+            if len(compiled_for) == MOST_HOOKINGS:
+                return as_it_was(HOOKS_CHANGE, *args, **kwargs)
+            compiled = compiled_for[present] = compiled_call(model, options, dynamic)
+        before = _progress(report)
         token = backend.current_session.set(session)
         try:
-            with _varying(args, kwargs) if mark_lengths else nullcontext():
+            with _varying(args, kwargs) if dynamic is None else nullcontext():
                 result = compiled(*args, **kwargs)
-        except BackendCompilerFailed as error:
+        except TorchDynamoException as error:
             own = raised_on_purpose(error)
-            if own is None:
+            if own is not None:
+                raise own from None
+            if options.strict or isinstance(error, BackendCompilerFailed) or _progress(report) != before:
                 raise
-            raise own from None
+            # Nothing has run. If something is wrong with the call itself, that is raised here.
+            return as_it_was(NOT_CAPTURED.format(_first_lines(error)), *args, **kwargs)
         finally:
             backend.current_session.reset(token)
-        nothing = not session.report.graphs and not session.report.failures
-        if nothing and session.report.note(NOTHING_CAPTURED):
+        nothing = not report.graphs and not report.failures
+        if nothing and report.note(NOTHING_CAPTURED):
             log.warning(NOTHING_CAPTURED)
         asked = getattr(vars(model).get("_last_compile_config"), "mode", None)
-        if asked not in (None, "default", mode) and session.report.note(MODE_LOST.format(asked)):
+        if asked not in (None, "default", mode) and report.note(MODE_LOST.format(asked)):
             log.warning(MODE_LOST.format(asked))
         return result
 
     # An outer torch.compile (transformers' automatic one) must not trace into this frame: ours wins.
-    return torch.compiler.disable(fxfuse_call, recursive=False)
+    return torch.compiler.disable(fxfuse_call, reason=COMPILED_ALREADY)
+
+
+def _progress(report: Report) -> tuple[int, int, int]:
+    """What changes as soon as a graph is compiled or runs."""
+    return len(report.graphs), report.failures, report.calls
+
+
+def _first_lines(error: Exception) -> str:
+    """What Dynamo says, and its explanation where there is one, without the advice that follows."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return " ".join(line for line in lines if line)[:MOST_LETTERS]
+
+
+def _has_no_memory(model: nn.Module) -> bool:
+    """Whether the model is on the meta device, and not because accelerate's hooks bring its weights in."""
+    first = next(model.parameters(), None)
+    return first is not None and first.is_meta and not hasattr(model, "_hf_hook")
 
 
 def _lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[torch.Tensor, int]]:

@@ -15,7 +15,7 @@ def unique_names(known: Mapping[Node, str | None], taken: Iterable[str]) -> dict
     used = {*names.values(), *taken}
     often = Counter([*used, *short.values()])
     for node in short:
-        name = wanted = short[node] if often[short[node]] == 1 else _dotted_source(node)
+        name = wanted = short[node] if often[short[node]] == 1 else dotted_source(node)
         for number in count(2):
             if name not in used:
                 break
@@ -38,7 +38,7 @@ def _dotted_name(placeholder: Node) -> str:
     return ".".join(part for part in parts if part != "_orig_mod") or placeholder.name
 
 
-def _dotted_source(placeholder: Node) -> str:
+def dotted_source(placeholder: Node) -> str:
     """`L['self'].mods[0]._modules['q']._parameters['weight']` to `mods.0.q.weight`: all of it."""
     ignored = {"L", "G", "self", "_modules", "_parameters", "_orig_mod", "__closure__", "cell_contents"}
     return ".".join(part for part in re.findall(r"\w+", _source(placeholder)) if part not in ignored)

@@ -20,7 +20,7 @@ from fxfuse.runtime.layouts.fastdeploy import to_fastdeploy
 from fxfuse.runtime.layouts.geometry import Geometry, geometry_of, with_experts
 from fxfuse.runtime.layouts.grouped_heads import to_flat, to_groups
 from fxfuse.runtime.layouts.merging import to_fused
-from fxfuse.runtime.layouts.scales import Step, with_scales
+from fxfuse.runtime.layouts.scales import Step, check_every_scale, with_scales
 from fxfuse.runtime.layouts.sglang import LOGICAL, to_sglang
 from fxfuse.runtime.layouts.tensor_parallel import shards
 from fxfuse.runtime.quantization import check_formats, scheme_of
@@ -86,7 +86,10 @@ def plan_and_origin(
         raise PlanError(f"tp={tp!r}: give (rank, world) with 0 <= rank < world")
     subject = _inspect(source)
     layers = Decoder(subject.family, Geometry(), subject.tensors).of_layers()
-    check_formats((spec for _, layer in layers for spec in layer.values()), scheme_of(subject.config))
+    scheme, specs = scheme_of(subject.config), [spec for _, layer in layers for spec in layer.values()]
+    check_formats(specs, scheme)
+    if scheme is not None:
+        check_every_scale((spec.name for spec in specs), subject.tensors)
     draft, origin = Draft(subject.tensors), None
     if isinstance(source, str | os.PathLike):
         for back in _ways_back(Path(source), subject):

@@ -117,6 +117,17 @@ def with_scales(
     return [*transforms, *added], usages
 
 
+def check_every_scale(names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> None:
+    """Raises PlanError for an FP8 weight without a scale: its values mean nothing, moved or not."""
+    for name in names:
+        quantised = (tensors[name].dtype or "").startswith("float8")
+        is_weight = is_stack(name) or name.endswith(".weight")
+        if quantised and is_weight and not set(scales_of(name, tensors)) & set(_OF_WEIGHTS):
+            raise PlanError(
+                f"{name}: {tensors[name].dtype} without a scale beside it; fetch the checkpoint again"
+            )
+
+
 def _checked(name: str, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tuple[str, ...]:
     """The kinds of scales of one source, which must be those of its dtype."""
     kinds = scales_of(name, tensors)
@@ -126,11 +137,7 @@ def _checked(name: str, tensors: Mapping[str, TensorSpec], scheme: Scheme) -> tu
         raise PlanError(
             f"{name}: quantised with {scheme.name}, and its {other[0]} is not known to belong to it"
         )
-    is_weight = is_stack(name) or name.endswith(".weight")
-    if quantised and is_weight and not set(kinds) & set(_OF_WEIGHTS):
-        raise PlanError(
-            f"{name}: {tensors[name].dtype} without a scale beside it; fetch the checkpoint again"
-        )
+    check_every_scale([name], tensors)
     if kinds and not quantised:
         raise PlanError(f"{name}: {tensors[name].dtype}, yet with {kinds[0]}; which of them is right?")
     return kinds

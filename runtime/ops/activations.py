@@ -20,8 +20,9 @@ def wide(x: Tensor) -> Tensor:
 
 @kernel
 def row_offset(row, n1, n2, stride_0, stride_1, stride_2):  # type: ignore[no-untyped-def]
-    """Offset of row number `row` of a block [n0, n1, n2] of rows."""
-    return row // (n1 * n2) * stride_0 + row // n2 % n1 * stride_1 + row % n2 * stride_2
+    """Offset of row number `row`, in 64 bits, of a block [n0, n1, n2] of rows."""
+    outer = row // n2
+    return outer // n1 * stride_0 + outer % n1 * stride_1 + row % n2 * stride_2
 
 
 @kernel

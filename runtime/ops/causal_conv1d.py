@@ -100,8 +100,9 @@ def _causal_conv1d(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    batch = tl.program_id(2).to(tl.int64)
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
+    blocks = tl.cdiv(length, BLOCK_T)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    t = (tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
     c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     there = c < channels
     tokens = x + batch * x_stride_b + c[None, :] * x_stride_c
@@ -116,17 +117,18 @@ def _causal_conv1d(  # type: ignore[no-untyped-def]
         seen = (source >= 0) & (source < length)
         if HAS_SEQ:
             seen = seen & (tl.load(numbers + source * seq_stride_t, mask=seen, other=-1) == number)
-        place = tokens + source.to(tl.int64)[:, None] * x_stride_t
+        place = tokens + source[:, None] * x_stride_t
         value = tl.load(place, mask=seen[:, None] & there[None, :], other=0.0).to(tl.float32)
         if HAS_STATE:
             before = initial_state + batch * state_stride_b + c[None, :] * state_stride_c
             place = before + (state_length + source)[:, None] * state_stride_t
             value += tl.load(place, mask=(source < 0)[:, None] & there[None, :], other=0.0).to(tl.float32)
-        tap = tl.load(weight + c * weight_stride_c + j * weight_stride_k, mask=there, other=0.0)
+        taps = weight + c * weight_stride_c + tl.full((), j, tl.int64) * weight_stride_k
+        tap = tl.load(taps, mask=there, other=0.0)
         total += value * tap.to(tl.float32)[None, :]
     if SILU:
         total = silu(total)
-    place = out + (batch * length + t.to(tl.int64)[:, None]) * channels + c[None, :]
+    place = out + (batch * length + t[:, None]) * channels + c[None, :]
     tl.store(place, total.to(out.dtype.element_ty), mask=(t < length)[:, None] & there[None, :])
 
 
@@ -143,7 +145,7 @@ def launch(
     batch, channels, length = x.shape
     state = None if seq_idx is not None else initial_state
     width = min(power_of_2(channels), BLOCK_C)
-    _causal_conv1d[(-(-length // BLOCK_T), -(-channels // width), batch)](
+    _causal_conv1d[(batch * -(-length // BLOCK_T), -(-channels // width))](
         x,
         weight,
         weight if bias is None else bias,

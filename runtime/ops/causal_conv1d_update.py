@@ -1,7 +1,7 @@
-"""One or a few more tokens of a causal depthwise convolution, whose state of last columns moves on in place.
+"""More tokens of a causal depthwise convolution, whose state of last columns moves on in place.
 
 The state [B, C, S] holds the last S columns of the input; transformers keeps S = K, of which the first is
-never read again. Formula: as in `causal_conv1d`.
+never read again. Formula: as in `causal_conv1d`, whose kernel runs where the tokens are many.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
-from fxfuse.runtime.ops import triton_kernel
+from fxfuse.runtime.ops import causal_conv1d, triton_kernel
 from fxfuse.runtime.ops.activations import silu, wide
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 BLOCK_C = 128
-MAX_LENGTH = 8
+MAX_LENGTH = 8  # tokens that the kernel is unrolled over
 
 
 def reference(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, apply_silu: bool) -> Tensor:
     """The step in plain torch.
 
     Args:
-        x: [B, C, T], T usually 1, in any float dtype and of any strides; weight: [C, K]; bias: [C] or None.
+        x: [B, C, T] in any float dtype and of any strides; weight: [C, K]; bias: [C] or None.
         conv_state: [B, C, S], S >= K - 1, of any strides; becomes the last S columns of state and x.
 
     Returns:
@@ -44,18 +44,6 @@ def reference(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None
         out.copy_(F.silu(y) if apply_silu else y)
     conv_state.copy_(columns[..., columns.shape[-1] - conv_state.shape[-1] :])
     return out
-
-
-def unsupported(x: Tensor, *rest: Tensor | None) -> str | None:
-    """Why the kernel takes these on no device, or None."""
-    if x.shape[2] > MAX_LENGTH:
-        return f"{x.shape[2]} tokens: the kernel is unrolled over at most {MAX_LENGTH}"
-    return triton_kernel.unsupported(x, *rest)
-
-
-def refusal(*given: Tensor | None) -> str | None:
-    """Why the kernel does not take these, in the order of `reference`, or None."""
-    return unsupported(*given) or triton_kernel.refusal(*given)  # type: ignore[arg-type]
 
 
 def _empty(x: Tensor) -> Tensor:
@@ -88,8 +76,8 @@ def _causal_conv1d_update(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    batch = tl.program_id(1).to(tl.int64)
-    c = (tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    batch = tl.program_id(0).to(tl.int64)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     there = c < channels
     tokens = x + batch * x_stride_b + c * x_stride_c
     state = conv_state + batch * state_stride_b + c * state_stride_c
@@ -99,17 +87,18 @@ def _causal_conv1d_update(  # type: ignore[no-untyped-def]
             total += tl.load(bias + c * bias_stride, mask=there, other=0.0).to(tl.float32)
         for j in tl.static_range(TAPS):
             if t + j + 1 < TAPS:
-                place = state + (COLUMNS + t + j + 1 - TAPS) * state_stride_s
+                place = state + tl.full((), COLUMNS + t + j + 1 - TAPS, tl.int64) * state_stride_s
             else:
-                place = tokens + (t + j + 1 - TAPS) * x_stride_t
+                place = tokens + tl.full((), t + j + 1 - TAPS, tl.int64) * x_stride_t
             value = tl.load(place, mask=there, other=0.0).to(tl.float32)
-            tap = tl.load(weight + c * weight_stride_c + j * weight_stride_k, mask=there, other=0.0)
+            taps = weight + c * weight_stride_c + tl.full((), j, tl.int64) * weight_stride_k
+            tap = tl.load(taps, mask=there, other=0.0)
             total += value * tap.to(tl.float32)
         if SILU:
             total = silu(total)
         place = out + (batch * LENGTH + t) * channels + c
         tl.store(place, total.to(out.dtype.element_ty), mask=there)
-    s = tl.arange(0, BLOCK_S)
+    s = tl.arange(0, BLOCK_S).to(tl.int64)
     source = LENGTH - COLUMNS + s
     mask = there[:, None] & (s < COLUMNS)[None, :]
     kept = tl.load(
@@ -126,14 +115,16 @@ def _causal_conv1d_update(  # type: ignore[no-untyped-def]
 
 
 def launch(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, apply_silu: bool) -> Tensor:
-    """`reference` by the Triton kernel, one launch."""
+    """`reference` by a Triton kernel: one launch, and a copy of the last columns where tokens are many."""
+    if x.shape[2] > MAX_LENGTH:
+        return _launch_many(x, conv_state, weight, bias, apply_silu)
     out = torch.empty(x.shape[0], x.shape[2], x.shape[1], dtype=x.dtype, device=x.device).transpose(1, 2)
     batch, channels, length = x.shape
     width = min(power_of_2(channels), BLOCK_C)
     columns = conv_state.shape[-1]
     if columns == 0 and length == 0:
         return out
-    _causal_conv1d_update[(-(-channels // width), batch)](
+    _causal_conv1d_update[(batch, -(-channels // width))](
         x,
         conv_state,
         weight,
@@ -156,6 +147,15 @@ def launch(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, a
     return out
 
 
+def _launch_many(
+    x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None, apply_silu: bool
+) -> Tensor:
+    out = causal_conv1d.launch(x, weight, bias, conv_state, None, apply_silu)
+    columns = x if x.shape[2] >= conv_state.shape[2] else torch.cat([conv_state, x], dim=-1)
+    conv_state.copy_(columns[..., columns.shape[2] - conv_state.shape[2] :])
+    return out
+
+
 def _check(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     batch, channels, _ = x.shape
     problems = []
@@ -175,7 +175,7 @@ def causal_conv1d_update(
 ) -> Tensor:
     """The step as one node of a graph, the state in place; shapes and dtypes as in `reference`."""
     _check(x, conv_state, weight, bias)
-    refused = refusal(x, conv_state, weight, bias)
+    refused = triton_kernel.refusal(x, conv_state, weight, bias)
     return (launch if refused is None else reference)(x, conv_state, weight, bias, apply_silu)
 
 

@@ -10,20 +10,26 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fxfuse.runtime.ops import triton_kernel
-from fxfuse.runtime.ops.chunk_gated_delta_rule_kernel import MAX_KEY_DIM, launch
-from fxfuse.runtime.ops.gated_delta_rule import check, reference
+from fxfuse.runtime.ops import chunk_gated_delta_rule_kernel, triton_kernel
+from fxfuse.runtime.ops.chunk_gated_delta_rule_kernel import MAX_KEY_DIM
+from fxfuse.runtime.ops.gated_delta_rule import Given, check, reference
+from fxfuse.runtime.ops.listed_once import operator
 
 FLA_TOKENS = 2048
 
 
+def launch(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`reference` by the Triton kernels, two launches."""
+    return chunk_gated_delta_rule_kernel.launch(Given(*arguments))
+
+
 def unsupported(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
-    """Why the kernels take these arguments, in the order of `reference`, on no device, or None."""
+    """Why the kernels take these tensors, in the order of `Given`, on no device, or None."""
     key_dim = key.shape[-1]
     if key_dim > MAX_KEY_DIM:
         return f"key heads of {key_dim}: one program holds at most {MAX_KEY_DIM}"
@@ -31,7 +37,7 @@ def unsupported(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
 
 
 def refusal(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
-    """Why the kernels do not take these arguments here, or None."""
+    """Why the kernels do not take these here, or None."""
     return unsupported(query, key, *rest) or triton_kernel.refusal(query, key, *rest)
 
 
@@ -49,110 +55,92 @@ def _fla() -> Callable[..., Any] | None:
     return function
 
 
-def suits_fla(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def suits_fla(given: Given) -> bool:
     """Whether flash-linear-attention's kernels run where they are installed: long prompts in half precision.
 
     It has more launches and writes the state of every chunk to memory, so that all chunks' outputs can be
     computed at once; for float32 it multiplies with fewer digits than the reference.
     """
-    dtypes = {query.dtype, key.dtype, value.dtype}
-    return value.shape[1] >= FLA_TOKENS and len(dtypes) == 1 and query.dtype != torch.float32
+    dtypes = {x.dtype for x in given[:3]}
+    return given.value.shape[1] >= FLA_TOKENS and len(dtypes) == 1 and given.query.dtype != torch.float32
 
 
-def by_fla(
-    function: Callable[..., Any],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def by_fla(function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
     """`reference` by flash-linear-attention's `chunk_gated_delta_rule`."""
+    given = Given(*arguments)
+    state = given.initial_state
     out, state = function(
-        *(x.contiguous() for x in (query, key, value)),
-        g=g.contiguous(),
-        beta=beta.contiguous(),
-        scale=key.shape[-1] ** -0.5,
-        initial_state=None if initial_state is None else initial_state.float().contiguous(),
+        *(x.contiguous() for x in given[:3]),
+        g=given.g.contiguous(),
+        beta=given.beta.contiguous(),
+        scale=given.key.shape[-1] ** -0.5,
+        initial_state=None if state is None else state.float().contiguous(),
         output_final_state=True,
-        use_qk_l2norm_in_kernel=normalise,
-        cu_seqlens=cu_seqlens,
+        use_qk_l2norm_in_kernel=given.normalise,
+        cu_seqlens=given.cu_seqlens,
     )
     return out, state.to(torch.float32)
 
 
-@torch.library.custom_op("fxfuse::chunk_gated_delta_rule", mutates_args=())
-def chunk_gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The rule over [B, T, ...] as one node of a graph; shapes and dtypes as in `reference`."""
-    check("chunk_gated_delta_rule", query, key, value, g, beta, initial_state, cu_seqlens)
-    given = (query, key, value, g, beta, initial_state)
-    if refusal(*given, cu_seqlens) is not None:
-        out, state = reference(*given, normalise, cu_seqlens)
-        return out, state.clone() if state is initial_state else state
-    function = _fla() if suits_fla(query, key, value) else None
-    if function is not None:
-        return by_fla(function, *given, normalise, cu_seqlens)
-    return launch(*given, normalise, cu_seqlens)
+def _run(given: Given) -> tuple[Tensor, Tensor]:
+    """The rule over [B, T, ...] as one node of a graph; shapes and dtypes as in `Given`."""
+    check("chunk_gated_delta_rule", *given.tensors)  # type: ignore[arg-type]
+    if refusal(*given.tensors) is not None:  # type: ignore[arg-type]
+        out, state = reference(*given)
+        return out, state.clone() if state is given.initial_state else state
+    function = _fla() if suits_fla(given) else None
+    return launch(*given) if function is None else by_fla(function, *given)
 
 
-@chunk_gated_delta_rule.register_fake
-def _(query, key, value, g, beta, initial_state, normalise, cu_seqlens=None):  # type: ignore[no-untyped-def]
-    check("chunk_gated_delta_rule", query, key, value, g, beta, initial_state, cu_seqlens)
-    batch, length, heads, dv = value.shape
-    sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    out = query.new_empty((batch, length, heads, dv))
-    return out, query.new_empty((sequences, heads, key.shape[-1], dv), dtype=torch.float32)
+def _fake(given: Given) -> tuple[Tensor, Tensor]:
+    check("chunk_gated_delta_rule", *given.tensors)  # type: ignore[arg-type]
+    batch, length, heads, dv = given.value.shape
+    sequences = batch if given.cu_seqlens is None else given.cu_seqlens.shape[0] - 1
+    new = given.query.new_empty
+    return new((batch, length, heads, dv)), new(
+        (sequences, heads, given.key.shape[-1], dv), dtype=torch.float32
+    )
 
 
-@torch.library.custom_op("fxfuse::chunk_gated_delta_rule_backward", mutates_args=())
-def chunk_gated_delta_rule_backward(
-    grad_out: Tensor | None,
-    grad_state: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
+class Cotangents(NamedTuple):
+    """Gradients of output and final state; None for one that nothing was computed from."""
+
+    grad_out: Tensor | None
+    grad_state: Tensor | None
+
+
+def _run_backward(
+    cotangents: Cotangents, given: Given
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, g, beta and the initial state: autograd over the reference, recomputed.
 
     The last one is an empty tensor where there was no initial state.
     """
-    given = [query, key, value, g, beta, *([] if initial_state is None else [initial_state])]
+    leaves = [x for x in given[:6] if x is not None]
 
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, g: Tensor, b: Tensor, *state: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        return reference(q, k, v, g, b, state[0] if state else None, normalise, cu_seqlens)
+    def forward(*values: Tensor) -> tuple[Tensor, Tensor]:
+        state = values[5] if len(values) == 6 else None
+        return reference(*values[:5], state, given.normalise, given.cu_seqlens)
 
     # An operator's kernel runs below autograd; torch.func brings its own.
-    outs, pull = torch.func.vjp(forward, *given)[:2]
-    cotangents = tuple(
-        torch.zeros_like(o) if d is None else d for o, d in zip(outs, (grad_out, grad_state), strict=True)
+    outs, pull = torch.func.vjp(forward, *leaves)[:2]
+    grads = pull(
+        tuple(torch.zeros_like(o) if d is None else d for o, d in zip(outs, cotangents, strict=True))
     )
-    grads = [x.contiguous() for x in pull(cotangents)]
-    return tuple(grads if initial_state is not None else [*grads, query.new_empty(0)])  # type: ignore[return-value]
+    grads = [x.contiguous() for x in grads]
+    return tuple(grads if len(grads) == 6 else [*grads, given.query.new_empty(0)])  # type: ignore[return-value]
 
 
-@chunk_gated_delta_rule_backward.register_fake
-def _(grad_out, grad_state, query, key, value, g, beta, initial_state, normalise, cu_seqlens=None):  # type: ignore[no-untyped-def]
-    state = query.new_empty(0) if initial_state is None else initial_state.new_empty(initial_state.shape)
-    return (*(x.new_empty(x.shape) for x in (query, key, value, g, beta)), state)
+def _fake_backward(cotangents: Cotangents, given: Given) -> tuple[Tensor, ...]:
+    state = given.initial_state
+    empty = given.query.new_empty(0) if state is None else state.new_empty(state.shape)
+    return (*(x.new_empty(x.shape) for x in given[:5]), empty)
+
+
+chunk_gated_delta_rule = operator("chunk_gated_delta_rule", _run, _fake, Given)
+chunk_gated_delta_rule_backward = operator(
+    "chunk_gated_delta_rule_backward", _run_backward, _fake_backward, Cotangents, Given
+)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

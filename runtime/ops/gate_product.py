@@ -40,7 +40,7 @@ def _gate_product(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     mask = (row < rows)[:, None] & (column < features)[None, :]
     start = row_offset(row, n1, n2, x_stride_0, x_stride_1, x_stride_2)
     value = tl.load(x + start[:, None] + column[None, :] * x_stride_c, mask=mask, other=0.0).to(tl.float32)

@@ -6,6 +6,7 @@ state is carried.
 """
 
 import itertools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 def prepared(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk of `size` tokens needs of its own tokens alone; arguments as in `reference`.
+    """What each chunk of `size` tokens needs of its own tokens alone; arguments as in `Given`.
 
     Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
     until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
@@ -82,6 +83,33 @@ def scanned(
         outs.append(torch.baddbmm(q_i @ state, inside, corrected))
         state = torch.baddbmm(decay[:, None, None] * state, k_i.mT, corrected)
     return torch.cat(outs, dim=1).unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
+
+
+class Given(NamedTuple):
+    """What the rule over whole sequences takes.
+
+    Attributes:
+        query, key: [B, T, Hk, dk]; value: [B, T, HV, dv], HV a multiple of Hk: value head h reads key head
+            h // (HV / Hk); any float dtype, any strides.
+        g, beta: [B, T, HV]; g is the logarithm of the decay.
+        initial_state: [B, HV, dk, dv] or None for zeros.
+        normalise: l2-normalise query and key over dk.
+        cu_seqlens: [N + 1] integers, 0 first and T last, where a batch of one packs N sequences: sequence n
+            has the tokens from cu_seqlens[n] to cu_seqlens[n + 1], and its own state in [N, HV, dk, dv].
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    g: Tensor
+    beta: Tensor
+    initial_state: Tensor | None
+    normalise: bool
+    cu_seqlens: Tensor | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return (*self[:6], self.cu_seqlens)
 
 
 def check(
@@ -132,57 +160,32 @@ def parts(cu_seqlens: Tensor, length: int) -> list[slice]:
     return [slice(a, b) for a, b in itertools.pairwise(bounds)]
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The rule in plain torch, computed in fp32; differentiable.
-
-    Args:
-        query, key: [B, T, Hk, dk]; value: [B, T, HV, dv], HV a multiple of Hk; any float dtype, any strides.
-        g, beta: [B, T, HV]; g is the logarithm of the decay.
-        initial_state: [B, HV, dk, dv] or None for zeros.
-        normalise: l2-normalise query and key over dk.
-        cu_seqlens: [N + 1] integers, 0 first and T last, where a batch of one packs N sequences: sequence n
-            has the tokens from cu_seqlens[n] to cu_seqlens[n + 1], and its own state in [N, HV, dk, dv].
+def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """The rule in plain torch, of the fields of `Given`, computed in fp32; differentiable.
 
     Returns:
         out [B, T, HV, dv] in query's dtype, contiguous; final state [B, HV, dk, dv] in fp32, contiguous.
     """
-    if cu_seqlens is not None:
-        return _packed(query, key, value, g, beta, initial_state, normalise, cu_seqlens)
-    length = value.shape[1]
-    state = initial(query, value, initial_state)
+    given = Given(*arguments)
+    if given.cu_seqlens is not None:
+        return _packed(given, given.cu_seqlens)
+    length = given.value.shape[1]
+    state = initial(given.query, given.value, given.initial_state)
     if length == 0:
-        return value.new_empty(value.shape, dtype=query.dtype), state.clone()
+        return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
     size = min(CHUNK, length)
-    out, state = scanned(*prepared(query, key, value, g, beta, normalise, size), state)
-    return out[:, :, :length].transpose(1, 2).to(query.dtype).contiguous(), state.contiguous()
+    out, state = scanned(*prepared(*given[:5], given.normalise, size), state)
+    return out[:, :, :length].transpose(1, 2).to(given.query.dtype).contiguous(), state.contiguous()
 
 
-def _packed(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    initial_state: Tensor | None,
-    normalise: bool,
-    cu_seqlens: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _packed(given: Given, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """`reference` of each sequence by itself."""
-    outs = [value.new_empty((1, 0, *value.shape[2:]), dtype=query.dtype)]
-    states = [initial(query, value, None)[:0]]
+    value, before = given.value, given.initial_state
+    outs = [value.new_empty((1, 0, *value.shape[2:]), dtype=given.query.dtype)]
+    states = [initial(given.query, value, None)[:0]]
     for n, part in enumerate(parts(cu_seqlens, value.shape[1])):
-        before = None if initial_state is None else initial_state[n : n + 1]
-        q, k, v, decay, rate = (x[:, part] for x in (query, key, value, g, beta))
-        out, state = reference(q, k, v, decay, rate, before, normalise)
+        own = None if before is None else before[n : n + 1]
+        out, state = reference(*(x[:, part] for x in given[:5]), own, given.normalise)
         outs.append(out)
         states.append(state)
     return torch.cat(outs, dim=1), torch.cat(states)

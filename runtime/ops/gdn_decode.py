@@ -187,4 +187,4 @@ def _fake(given: Given) -> Tensor:
     return given.z.new_empty((batch, key_heads * ratio, dv))
 
 
-gdn_decode = operator("gdn_decode", Given, _run, _fake, mutates=("conv_state", "state"))
+gdn_decode = operator("gdn_decode", _run, _fake, Given, mutates=("conv_state", "state"))

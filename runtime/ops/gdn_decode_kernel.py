@@ -44,7 +44,7 @@ def _convolved(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
 ):
     """silu(convolution) of the channels [N] after a new column, which the state takes in."""
-    s = tl.arange(0, BLOCK_S)
+    s = tl.arange(0, BLOCK_S).to(tl.int64)
     mask = there[:, None] & (s < COLUMNS)[None, :]
     place = conv_state + channel[:, None] * state_stride_c + s[None, :] * state_stride_s
     old = tl.load(place + state_stride_s, mask=mask & (s < COLUMNS - 1)[None, :], other=0.0).to(tl.float32)
@@ -125,16 +125,16 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     BLOCK_V: tl.constexpr,
 ):
     batch = (tl.program_id(0) // key_heads).to(tl.int64)
-    group = tl.program_id(0) % key_heads
-    i = tl.arange(0, BLOCK_K)
-    j = tl.arange(0, BLOCK_V)
+    group = (tl.program_id(0) % key_heads).to(tl.int64)
+    i = tl.arange(0, BLOCK_K).to(tl.int64)
+    j = tl.arange(0, BLOCK_V).to(tl.int64)
     in_key = i < KEY_DIM
     in_value = j < VALUE_DIM
     tile = in_key[:, None] & in_value[None, :]
     conv_state += batch * conv_stride_b
     queries = query + batch * query_stride_b + group * query_stride_g
     keys = key + batch * key_stride_b + group * key_stride_g
-    channel = (group * KEY_DIM + i).to(tl.int64)
+    channel = group * KEY_DIM + i
     q = _convolved(
         tl.load(queries + i * query_stride_d, mask=in_key, other=0.0).to(tl.float32),
         channel,
@@ -173,7 +173,8 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
     q = q * (tl.rsqrt(tl.sum(q * q, axis=0) + EPSILON) * scale)
     k = k * tl.rsqrt(tl.sum(k * k, axis=0) + EPSILON)
     scales = tl.load(norm_weight + j * norm_stride, mask=in_value, other=0.0).to(tl.float32)
-    for r in range(RATIO):
+    for nth in range(RATIO):
+        r = group * 0 + nth  # in 64 bits, as all that strides are multiplied by
         head = group * RATIO + r
         place = state + batch * state_stride_b + head * state_stride_h
         place = place + i[:, None] * state_stride_k + j[None, :] * state_stride_v
@@ -181,7 +182,7 @@ def _gdn_decode(  # type: ignore[no-untyped-def]
         values = value + batch * value_stride_b + group * value_stride_g + r * value_stride_h
         v = _convolved(
             tl.load(values + j * value_stride_d, mask=in_value, other=0.0).to(tl.float32),
-            (2 * key_heads * KEY_DIM + head * VALUE_DIM + j).to(tl.int64),
+            2 * key_heads * KEY_DIM + head * VALUE_DIM + j,
             in_value,
             conv_state,
             conv_stride_c,

@@ -83,7 +83,7 @@ def _gdn_gates(  # type: ignore[no-untyped-def]
     BLOCK_H: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    head = tl.arange(0, BLOCK_H)
+    head = tl.arange(0, BLOCK_H).to(tl.int64)
     there = head < heads
     mask = (row < rows)[:, None] & there[None, :]
     start = row_offset(row, n1, n2, a_stride_0, a_stride_1, a_stride_2)

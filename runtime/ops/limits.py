@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 
 from fxfuse.runtime.ops import (
-    causal_conv1d_update,
     chunk_gated_delta_rule,
     gated_rms_norm,
     gdn_decode,
@@ -18,7 +17,6 @@ from fxfuse.runtime.ops import (
 )
 
 _LIMITS: dict[str, Callable[..., str | None]] = {
-    "causal_conv1d_update": causal_conv1d_update.unsupported,
     "chunk_gated_delta_rule": chunk_gated_delta_rule.unsupported,
     "gated_rms_norm": gated_rms_norm.unsupported,
     "gdn_decode": gdn_decode.unsupported,

@@ -1,4 +1,4 @@
-"""Operators of many arguments, listed once: the fields of a named tuple are the schema's arguments."""
+"""Operators of many arguments, listed once: the fields of named tuples are the schema's arguments."""
 
 from __future__ import annotations
 
@@ -12,37 +12,46 @@ from torch.library import CustomOpDef
 
 def operator(
     name: str,
-    given: type[Any],
-    run: Callable[[Any], Any],
-    fake: Callable[[Any], Any],
-    mutates: Iterable[str],
+    run: Callable[..., Any],
+    fake: Callable[..., Any],
+    *groups: type[Any],
+    mutates: Iterable[str] = (),
 ) -> CustomOpDef:
-    """The operator `fxfuse::name` on the fields of `given`, in their order and with their defaults.
+    """The operator `fxfuse::name` on the fields of `groups`, in their order and with their defaults.
 
     Args:
-        given: a NamedTuple with annotated fields; a call's arguments reach `run` and `fake` as one of it.
-        run: computes; its return annotation is the operator's. fake: the same on tensors without memory.
+        run: computes, of one argument for each group; its return annotation is the operator's.
+        fake: the same on tensors without memory.
+        groups: NamedTuples with annotated fields.
         mutates: the fields that `run` writes to.
     """
-    hints = get_type_hints(given)
-    defaults = given._field_defaults
-    parameters = [
+    parameters = [parameter for group in groups for parameter in _parameters(group)]
+    signature = inspect.Signature(parameters, return_annotation=get_type_hints(run)["return"])
+
+    def grouped(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(*args, **kwargs)
+            bound.apply_defaults()
+            return function(*(group(*(bound.arguments[f] for f in group._fields)) for group in groups))
+
+        return call
+
+    called = grouped(run)
+    called.__signature__ = signature  # type: ignore[attr-defined]
+    called.__doc__, called.__name__, called.__qualname__ = run.__doc__, name, name
+    registered = torch.library.custom_op(f"fxfuse::{name}", called, mutates_args=tuple(mutates))
+    registered.register_fake(grouped(fake))
+    return registered
+
+
+def _parameters(group: type[Any]) -> list[inspect.Parameter]:
+    hints, defaults = get_type_hints(group), group._field_defaults
+    return [
         inspect.Parameter(
             field,
             inspect.Parameter.POSITIONAL_OR_KEYWORD,
             annotation=hints[field],
             default=defaults.get(field, inspect.Parameter.empty),
         )
-        for field in given._fields
+        for field in group._fields
     ]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return run(given(*args, **kwargs))
-
-    call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-        parameters, return_annotation=get_type_hints(run)["return"]
-    )
-    call.__doc__, call.__name__, call.__qualname__ = run.__doc__, name, name
-    registered = torch.library.custom_op(f"fxfuse::{name}", call, mutates_args=tuple(mutates))
-    registered.register_fake(lambda *args, **kwargs: fake(given(*args, **kwargs)))
-    return registered

@@ -184,5 +184,5 @@ def _fake_gate(given: Given) -> tuple[Tensor, Tensor]:
 
 
 CACHES = ("key_cache", "value_cache")
-qk_norm_rope = operator("qk_norm_rope", Given, _run, _fake, CACHES)
-qk_norm_rope_gate = operator("qk_norm_rope_gate", Given, _run_gate, _fake_gate, CACHES)
+qk_norm_rope = operator("qk_norm_rope", _run, _fake, Given, mutates=CACHES)
+qk_norm_rope_gate = operator("qk_norm_rope_gate", _run_gate, _fake_gate, Given, mutates=CACHES)

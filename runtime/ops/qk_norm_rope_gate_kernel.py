@@ -39,10 +39,10 @@ def _normed_and_rotated_tile(  # type: ignore[no-untyped-def]
     BLOCK_D: tl.constexpr,
 ):
     """[BLOCK_T, BLOCK_D] of one head in float32."""
-    d = tl.arange(0, BLOCK_D)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_d = d < head_dim
     mask = in_t[:, None] & in_d[None, :]
-    rows = x + t.to(tl.int64)[:, None] * stride_t
+    rows = x + t[:, None] * stride_t
     value = tl.load(rows + d[None, :] * stride_d, mask=mask, other=0.0).to(tl.float32)
     if NORM:
         inverse = tl.rsqrt(tl.sum(value * value, axis=1) / head_dim + eps)[:, None]
@@ -58,9 +58,9 @@ def _normed_and_rotated_tile(  # type: ignore[no-untyped-def]
         scale = tl.load(weight + pair * weight_stride, mask=turns, other=0.0).to(tl.float32) + 1.0
         other = other * inverse * scale[None, :]
     other = tl.where(first[None, :], -other, other)
-    place = t.to(tl.int64)[:, None] * cos_stride_t + d[None, :] * cos_stride_r
+    place = t[:, None] * cos_stride_t + d[None, :] * cos_stride_r
     c = tl.load(cos + place, mask=mask, other=1.0).to(tl.float32)
-    place = t.to(tl.int64)[:, None] * sin_stride_t + d[None, :] * sin_stride_r
+    place = t[:, None] * sin_stride_t + d[None, :] * sin_stride_r
     s = tl.load(sin + place, mask=mask, other=0.0).to(tl.float32)
     return value * c + other * s
 
@@ -127,13 +127,14 @@ def _qk_norm_rope_gate(  # type: ignore[no-untyped-def]
     BLOCK_T: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
-    d = tl.arange(0, BLOCK_D)
+    blocks = tl.cdiv(length, BLOCK_T)
+    t = (tl.program_id(0) % blocks * BLOCK_T + tl.arange(0, BLOCK_T)).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    batch = (tl.program_id(0) // blocks).to(tl.int64)
+    d = tl.arange(0, BLOCK_D).to(tl.int64)
     in_t = t < length
     mask = in_t[:, None] & (d < head_dim)[None, :]
-    step = t.to(tl.int64)[:, None]
+    step = t[:, None]
     cos += batch * cos_stride_b
     sin += batch * sin_stride_b
     if head < heads:
@@ -218,7 +219,7 @@ def launch(given: Given, gate: Tensor | None) -> tuple[Tensor, Tensor]:
     positions = positions.reshape(-1)
     width = power_of_2(head_dim)
     block = min(power_of_2(length), max(1, TILE // width))
-    _qk_norm_rope_gate[(-(-length // block), heads + 2 * kv_heads, batch)](
+    _qk_norm_rope_gate[(batch * -(-length // block), heads + 2 * kv_heads)](
         query,
         gate_in,
         key,

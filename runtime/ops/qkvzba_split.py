@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
+from fxfuse.runtime.ops.activations import row_offset
 from fxfuse.runtime.ops.gdn_decode import views_of_row
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel
 
@@ -67,10 +68,9 @@ def _qkvzba_split(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    i0, i1, i2 = row // (n1 * n2), row // n2 % n1, row % n2
-    qkvz += i0 * qkvz_stride_0 + i1 * qkvz_stride_1 + i2 * qkvz_stride_2
-    ba += i0 * ba_stride_0 + i1 * ba_stride_1 + i2 * ba_stride_2
+    column = (tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
+    qkvz += row_offset(row, n1, n2, qkvz_stride_0, qkvz_stride_1, qkvz_stride_2)
+    ba += row_offset(row, n1, n2, ba_stride_0, ba_stride_1, ba_stride_2)
     keys = key_heads * KEY_DIM
     group: tl.constexpr = RATIO * VALUE_DIM
     values = key_heads * group

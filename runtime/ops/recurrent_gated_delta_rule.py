@@ -6,7 +6,7 @@ Hatamizadeh, "Gated Delta Networks" (2024). The state is [B, HV, dk, dv] as tran
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +14,7 @@ from torch import Tensor
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import wide
 from fxfuse.runtime.ops.gated_delta_rule import L2_EPSILON, check, parts
+from fxfuse.runtime.ops.listed_once import operator
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -23,36 +24,36 @@ MAX_KEY_DIM = 256
 BLOCK_V = 32
 
 
-def reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The rule in plain torch, computed in float32.
+class Given(NamedTuple):
+    """What the rule takes: the same as in `gated_delta_rule.Given`, but a state that moves on.
 
-    Args:
-        query, key: [B, T, Hk, dk]; value: [B, T, HV, dv], HV a multiple of Hk: value head h reads key head
-            h // (HV / Hk); any float dtype, any strides.
-        g, beta: [B, T, HV]; g is the logarithm of the decay.
-        state: [B, HV, dk, dv] of any strides, in place.
-        normalise: l2-normalise query and key over dk.
-        cu_seqlens: [N + 1] integers, 0 first and T last, where a batch of one packs N sequences: sequence n
-            has the tokens from cu_seqlens[n] to cu_seqlens[n + 1], and its own state in [N, HV, dk, dv].
+    Attributes:
+        state: [B, HV, dk, dv], or [N, HV, dk, dv] with cu_seqlens, of any strides, in place.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    g: Tensor
+    beta: Tensor
+    state: Tensor
+    normalise: bool
+    cu_seqlens: Tensor | None = None
+
+
+def reference(*arguments: Any) -> Tensor:
+    """The rule in plain torch, of the fields of `Given`, computed in float32.
 
     Returns:
         [B, T, HV, dv] in the dtype of query, contiguous.
     """
+    query, key, value, g, beta, state, normalise, cu_seqlens = Given(*arguments)
     if cu_seqlens is not None:
-        outs = []
+        outs = [value.new_empty((1, 0, *value.shape[2:]), dtype=query.dtype)]
         for n, part in enumerate(parts(cu_seqlens, value.shape[1])):
-            q, k, v, decay, rate = (x[:, part] for x in (query, key, value, g, beta))
-            outs.append(reference(q, k, v, decay, rate, state[n : n + 1], normalise))
-        return torch.cat([value.new_empty((1, 0, *value.shape[2:]), dtype=query.dtype), *outs], dim=1)
+            own = (x[:, part] for x in (query, key, value, g, beta))
+            outs.append(reference(*own, state[n : n + 1], normalise))
+        return torch.cat(outs, dim=1)
     ratio = value.shape[2] // key.shape[2]
     q, k, v, decay, rate = (wide(x) for x in (query, key, value, g, beta))
     if normalise:
@@ -71,7 +72,7 @@ def reference(
 
 
 def unsupported(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
-    """Why the kernel takes these arguments, in the order of `reference`, on no device, or None."""
+    """Why the kernel takes these tensors, in the order of `Given`, on no device, or None."""
     key_dim = key.shape[-1]
     if key_dim > MAX_KEY_DIM:
         return f"key heads of {key_dim}: one program holds at most {MAX_KEY_DIM}"
@@ -79,7 +80,7 @@ def unsupported(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
 
 
 def refusal(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
-    """Why the kernel does not take these arguments here, or None."""
+    """Why the kernel does not take these here, or None."""
     return unsupported(query, key, *rest) or triton_kernel.refusal(query, key, *rest)
 
 
@@ -127,10 +128,12 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
     BLOCK_K: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    i = tl.arange(0, BLOCK_K)
-    j = tl.program_id(0) * BLOCK_V + tl.arange(0, BLOCK_V)
-    sequence = (tl.program_id(1) // value_heads).to(tl.int64)
-    head = tl.program_id(1) % value_heads
+    i = tl.arange(0, BLOCK_K).to(tl.int64)
+    # One dimension of programs: only the first of a grid may have more than 65,535.
+    blocks = tl.cdiv(value_dim, BLOCK_V)
+    j = (tl.program_id(0) % blocks * BLOCK_V + tl.arange(0, BLOCK_V)).to(tl.int64)
+    sequence = (tl.program_id(0) // blocks // value_heads).to(tl.int64)
+    head = (tl.program_id(0) // blocks % value_heads).to(tl.int64)
     batch, start, count = sequence, sequence * 0, length
     if PACKED:
         start = tl.load(cu_seqlens + sequence).to(tl.int64)
@@ -170,24 +173,16 @@ def _recurrent_gated_delta_rule(  # type: ignore[no-untyped-def]
     tl.store(place, current.to(state.dtype.element_ty), mask=tile)
 
 
-def launch(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
+def launch(*arguments: Any) -> Tensor:
     """`reference` by the Triton kernel, one launch."""
+    query, key, value, g, beta, state, normalise, cu_seqlens = Given(*arguments)
     out = torch.empty(value.shape, dtype=query.dtype, device=value.device)
     batch, length, value_heads, value_dim = value.shape
     key_heads, key_dim = key.shape[2:]
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     block_k = power_of_2(key_dim)
     block_v = min(power_of_2(value_dim), BLOCK_V)
-    _recurrent_gated_delta_rule[(-(-value_dim // block_v), sequences * value_heads)](
+    _recurrent_gated_delta_rule[(sequences * value_heads * -(-value_dim // block_v),)](
         query,
         key,
         value,
@@ -218,24 +213,16 @@ def launch(
     return out
 
 
-@torch.library.custom_op("fxfuse::recurrent_gated_delta_rule", mutates_args=("state",))
-def recurrent_gated_delta_rule(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    g: Tensor,
-    beta: Tensor,
-    state: Tensor,
-    normalise: bool,
-    cu_seqlens: Tensor | None = None,
-) -> Tensor:
-    """The rule as one node of a graph, the state in place; shapes and dtypes as in `reference`."""
-    check("recurrent_gated_delta_rule", query, key, value, g, beta, state, cu_seqlens)
-    run = launch if refusal(query, key, value, g, beta, state, cu_seqlens) is None else reference
-    return run(query, key, value, g, beta, state, normalise, cu_seqlens)
+def _run(given: Given) -> Tensor:
+    """The rule as one node of a graph, the state in place; shapes and dtypes as in `Given`."""
+    check("recurrent_gated_delta_rule", *given[:6], given.cu_seqlens)
+    refused = refusal(*given[:6], given.cu_seqlens)
+    return (launch if refused is None else reference)(*given)
 
 
-@recurrent_gated_delta_rule.register_fake
-def _(query, key, value, g, beta, state, normalise, cu_seqlens=None):  # type: ignore[no-untyped-def]
-    check("recurrent_gated_delta_rule", query, key, value, g, beta, state, cu_seqlens)
-    return query.new_empty(value.shape)
+def _fake(given: Given) -> Tensor:
+    check("recurrent_gated_delta_rule", *given[:6], given.cu_seqlens)
+    return given.query.new_empty(given.value.shape)
+
+
+recurrent_gated_delta_rule = operator("recurrent_gated_delta_rule", _run, _fake, Given, mutates=("state",))

@@ -84,7 +84,7 @@ def _rms_norm(  # type: ignore[no-untyped-def]
     BLOCK_C: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
-    column = tl.arange(0, BLOCK_C)
+    column = tl.arange(0, BLOCK_C).to(tl.int64)
     there = column < features
     mask = (row < rows)[:, None] & there[None, :]
     start = row_offset(row, n1, n2, x_stride_0, x_stride_1, x_stride_2)

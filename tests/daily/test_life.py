@@ -163,6 +163,7 @@ def test_offloaded_weights_stay_where_they_are_with_the_reason(
     report = offloaded.optimization_report
     assert report.matched == 0 and report.packed_bytes == 0
     (note,) = [note for note in report.notes if "accelerate's hooks" in note]
+    assert "at every call of Qwen3_5ForCausalLM, model.embed_tokens" in note
     assert "model.layers.0.mlp.up_proj" in note and caplog.text.count("accelerate's hooks") == 1
 
 

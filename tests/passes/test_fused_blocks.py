@@ -225,7 +225,7 @@ class Columns(nn.Module):
         return F.silu(self.conv(columns)[..., -x.shape[-1] :]).sum(0)
 
 
-@pytest.mark.parametrize(("length", "columns"), [(1, TAPS), (3, TAPS - 1), (8, TAPS)])
+@pytest.mark.parametrize(("length", "columns"), [(1, TAPS), (3, TAPS - 1), (8, TAPS), (2, 6), (9, TAPS)])
 def test_a_convolution_moves_its_state_on(length: int, columns: int) -> None:
     given = [torch.randn(2, 6, length), torch.randn(2, 6, columns)]
     found = rewrite_and_compare(Columns(), given, ["causal_conv1d_update"])
@@ -238,9 +238,6 @@ def reasons(found: Rewritten) -> str:
 
 
 def test_what_no_kernel_takes_is_no_match_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = [torch.randn(2, 6, 9), torch.randn(2, 6, TAPS)]
-    found = rewrite_and_compare(Columns(), given, ["causal_conv1d_update"])
-    assert calls(found, "causal_conv1d_update") == 0 and "9 tokens" in reasons(found)
     monkeypatch.setattr("fxfuse.runtime.ops.gdn_decode.MAX_TILE", 16)
     monkeypatch.setattr("fxfuse.runtime.ops.gated_rms_norm.MAX_FEATURES", 5)
     monkeypatch.setattr("fxfuse.runtime.ops.gdn_gates.MAX_HEADS", 3)

@@ -12,7 +12,7 @@ from transformers import DynamicCache, Qwen3_5ForCausalLM, StaticCache
 
 import fxfuse
 from fxfuse.passes import pipeline
-from fxfuse.passes.program import Program
+from fxfuse.passes.program import Program, module_path
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.shapes import text_config
 from fxfuse.testing import assert_equivalent
@@ -82,6 +82,9 @@ def test_the_lowered_graphs_compute_what_the_model_does(
     assert_equal_steps(model, cache, ids)
     decode = operators(graphs[1])
     assert decode["gdn_decode"] == 1
+    several = operators(graphs[2])
+    assert several["causal_conv1d_update"] == several["chunk_gated_delta_rule"] == 1
+    assert not [cat for cat in graphs[2].calls("aten.cat.default") if "linear_attn" in module_path(cat)]
     assert not model.optimization_report.misses
 
 

@@ -18,7 +18,10 @@ FP8 = "runtime/layouts/test_fp8_sources.py::test_"
 OPS = "runtime/ops/"
 LOAD = "runtime/test_load.py::test_"
 CONVERT = "runtime/test_convert.py::test_"
-SAVING = "runtime/test_saving.py::test_"
+CHECKPOINTS = "upstream/test_checkpoints.py::test_"
+RUNNING = "upstream/test_models.py::test_"
+KERNELS = "runtime/ops/test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter"
+FORMULAS = "runtime/layouts/test_formulas.py::test_"
 
 Row = tuple[str, str, str]
 
@@ -39,11 +42,26 @@ GRAPHS: tuple[Row, ...] = (
         "reshape(-1) in a split-cat chain",
         HERE + "pytorch_178676_a_size_of_minus_one_in_a_chain_of_varying_length",
     ),
-    ("pytorch#174361", "the scale of SDPA ignored", HERE + "pytorch_174361_the_scale_of_attention_is_kept"),
+    (
+        "pytorch#174361",
+        "a number of the pattern ignored, the scale of attention",
+        HERE
+        + "pytorch_174361_the_scale_of_attention_is_kept"
+        + " "
+        + HERE
+        + "pytorch_174361_the_scale_of_one_query_is_kept"
+        + " "
+        + HERE
+        + "pytorch_174361_no_number_of_a_formula_is_ignored",
+    ),
     (
         "pytorch#111190",
         "no match under dynamic shapes",
-        HERE + "pytorch_111190_as_many_matches_with_varying_sizes",
+        HERE
+        + "pytorch_111190_as_many_matches_with_varying_sizes"
+        + " "
+        + HERE
+        + "pytorch_111190_idioms_match_with_varying_sizes_as_with_fixed_ones",
     ),
     (
         "pytorch#136329",
@@ -58,7 +76,11 @@ GRAPHS: tuple[Row, ...] = (
     (
         "pytorch#132932",
         "a mutating replacement, then a second pass",
-        HERE + "pytorch_132932_a_second_run_sees_the_writes_of_the_first",
+        HERE
+        + "pytorch_132932_a_write_that_a_pass_puts_in_is_seen_by_the_next"
+        + " "
+        + HERE
+        + "pytorch_132932_a_second_run_sees_the_writes_of_the_first",
     ),
     (
         "torch 2.13 setitem",
@@ -69,52 +91,100 @@ GRAPHS: tuple[Row, ...] = (
     (
         "onnxscript#2880",
         "a match that differs from run to run",
-        HERE + "onnxscript_2880_a_hundred_runs_give_one_graph",
+        HERE
+        + "onnxscript_2880_a_hundred_runs_give_one_graph"
+        + " "
+        + HERE
+        + "onnxscript_2880_processes_with_other_hashes_give_one_graph",
     ),
-    ("onnxscript#2841", "negative literals fused", HERE + "onnxscript_2841_signs_of_literals"),
-    ("onnxscript#2402", "partial rotary", HERE + "onnxscript_2402_a_rotation_of_a_quarter"),
+    (
+        "onnxscript#2841",
+        "negative literals fused",
+        HERE
+        + "onnxscript_2841_signs_of_literals"
+        + " "
+        + HERE
+        + "onnxscript_2841_negative_padding_in_front_of_a_convolution",
+    ),
+    (
+        "onnxscript#2402",
+        "partial rotary",
+        HERE
+        + "onnxscript_2402_rotation_is_found_whole_and_partial"
+        + " "
+        + HERE
+        + "onnxscript_2402_a_rotation_of_a_quarter",
+    ),
     (
         "vllm#48671",
         "head geometry of the first layer taken for all",
-        HERE + "vllm_48671_two_layers_of_different_heads_each_by_its_own",
+        HERE
+        + "vllm_48671_attention_of_one_width_and_different_heads_each_by_its_own"
+        + " "
+        + HERE
+        + "vllm_48671_two_layers_of_different_heads_each_by_its_own",
     ),
     (
         "vllm#48330",
         "a norm of mixed dtypes matched",
-        HERE + "vllm_48330_a_norm_in_two_dtypes_keeps_its_arithmetic",
+        HERE
+        + "vllm_48330_a_norm_in_two_dtypes_keeps_its_arithmetic"
+        + " "
+        + HERE
+        + "vllm_48330_a_sum_and_its_norm_in_several_dtypes",
     ),
     (
         "vllm#41972",
         "a fresh buffer read before it was written",
-        OPS + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
+        HERE
+        + "vllm_41972_a_norm_without_a_residual_is_given_none"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     ("Liger#74", "RMSNorm without the 1.0", HERE + "liger_74_a_weight_of_zero_passes_the_signal"),
     (
         "NeMo-Automodel#2484",
         "A_log must stay fp32",
-        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        CHECKPOINTS + "nemo_automodel_2484_what_is_float32_in_a_bfloat16_file_stays_so",
     ),
     (
         "vllm#41457",
         "uniform quantisation judged across layers",
-        "runtime/test_plan.py::test_a_group_of_two_dtypes_stays_as_it_is",
+        CHECKPOINTS + "vllm_41457_layers_are_quantised_each_for_itself",
     ),
-    ("vllm#47445", "bf16 in_proj_ba taken for FP8", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "vllm#47445",
+        "bf16 in_proj_ba taken for FP8",
+        CHECKPOINTS
+        + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain"
+        + " "
+        + SCALES
+        + "dtypes_and_scales_that_disagree_are_refused",
+    ),
     (
         "vllm#34697",
         "sizes of one family used for another",
-        "passes/test_families.py::test_every_family_gives_the_plan_that_names_alone_give",
+        CHECKPOINTS
+        + "vllm_34697_each_family_has_the_sizes_of_its_own_projections"
+        + " "
+        + FORMULAS
+        + "the_rows_of_qwen3_next_are_parted_again",
     ),
     (
         "ROCm/ATOM#782",
         "a fused tensor dropped by the loader",
-        "passes/weights/test_check.py::test_a_plan_that_is_no_bijection_is_refused",
+        CHECKPOINTS + "atom_782_a_merged_tensor_fills_its_parts_or_is_missed",
     ),
-    ("vllm#42803", "rows of q moved into k", PLAN + "inverse_gives_every_bit_back"),
+    (
+        "vllm#42803",
+        "rows of q moved into k",
+        FORMULAS + "every_row_is_where_the_formula_puts_it" + " " + PLAN + "inverse_gives_every_bit_back",
+    ),
     (
         "llmman#16, hyprstream#1547",
         "q and gate split flat, not by head",
-        PLAN + "interleaving_per_head_is_reshape_and_cat",
+        FORMULAS + "every_row_is_where_the_formula_puts_it",
     ),
     (
         "TensorRT-LLM#4674",
@@ -134,22 +204,34 @@ GRAPHS: tuple[Row, ...] = (
     (
         "vllm#48941, #40390, vllm-ascend#13902, #7473",
         "a derived weight reallocated",
-        LIVE + "packing_again_goes_into_the_same_memory_where_nobody_else_sees_it",
+        RUNNING
+        + "sglang_39139_weights_go_and_come_back_at_one_address"
+        + " "
+        + LIVE
+        + "packing_again_goes_into_the_same_memory_where_nobody_else_sees_it",
     ),
     (
         "vllm#32710, sglang#23584, TensorRT-LLM#14535",
         "strided views into operators that need dense ones",
-        HERE + "vllm_32710_strided_parts_are_what_the_next_operator_needs",
+        HERE
+        + "vllm_32710_strided_parts_are_what_the_next_operator_needs"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     (
         "vllm-omni#4262",
         "views take SDPA off its fast path",
-        "not shown: no test looks at the strides of SDPA's inputs",
+        HERE + "vllm_omni_4262_attention_is_asked_for_the_same_kernel",
     ),
     (
         "pytorch#130243, #147828, #186850",
         "strides changed at custom operators",
-        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+        HERE
+        + "pytorch_130243_every_operator_is_held_to_torchs_rules_for_operators"
+        + " "
+        + OPS
+        + "test_interpreter.py::test_every_kernel_is_its_reference_under_the_interpreter",
     ),
     (
         "Rapid-MLX#2159",
@@ -157,7 +239,15 @@ GRAPHS: tuple[Row, ...] = (
         HERE + "rapid_mlx_2159_integers_are_equal_for_every_number_of_rows",
     ),
     ("vllm#36329", "few outputs break a kernel", HERE + "vllm_36329_few_outputs"),
-    ("pytorch#168373", "a fresh backend for each compile", HERE + "pytorch_168373_one_backend_object"),
+    (
+        "pytorch#168373",
+        "a fresh backend for each compile",
+        HERE
+        + "pytorch_168373_one_backend_object"
+        + " "
+        + HERE
+        + "pytorch_168373_compiling_anew_with_equal_options_compiles_nothing",
+    ),
     (
         "Liger#1470",
         "some norms missed on existing instances",
@@ -174,26 +264,30 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#21662, #21313",
         "a parameter's loader has no setter",
-        "impossible here: plans are data, no parameter has a loader; "
-        + PLAN
-        + "inverse_is_an_involution_and_json_round_trips",
+        CHECKPOINTS + "sglang_21662_what_parameters_carry_is_left_on_them",
     ),
     ("sglang#21698", "incomplete scale overrides", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
     (
         "sglang#18926",
         "block scales of merged projections, mtp prefix",
-        SCALES + "merged_weights_and_scales_are_the_parts",
+        SCALES
+        + "merged_weights_and_scales_are_the_parts"
+        + " "
+        + CHECKPOINTS
+        + "sglang_18926_scales_of_the_draft_model_are_not_merged_with_the_decoders",
     ),
     (
         "sglang#35719, #38878, #35797",
         "mtp and shared experts dropped",
-        "runtime/test_headers.py::test_an_official_checkpoint_keeps_its_dtypes_and_other_parts",
+        CHECKPOINTS + "sglang_35719_and_vllm_52013_the_draft_model_stays_under_its_names",
     ),
     ("sglang#21347, rtp-llm#799", "tied embeddings", LOAD + "a_tied_head_is_there_under_either_name"),
     (
-        "sglang#23474",
+        "sglang#23474, #22057",
         "offloaded and aliased weights",
-        "daily/test_life.py::test_offloaded_weights_stay_where_they_are_with_the_reason",
+        "daily/test_life.py::test_offloaded_weights_stay_where_they_are_with_the_reason "
+        + HERE
+        + "sglang_22057_a_view_of_a_weight_that_the_module_keeps_is_never_stale",
     ),
     (
         "vllm#37444, #37448",
@@ -203,17 +297,44 @@ MODELS: tuple[Row, ...] = (
     (
         "vllm#35924",
         "few columns under tensor parallelism",
-        "runtime/layouts/test_tensor_parallel.py::test_rows_and_columns_that_do_not_divide_are_refused",
+        CHECKPOINTS + "vllm_35924_few_rows_for_each_rank_are_whole_heads_or_refused",
     ),
     (
         "vllm#35287, #48814",
         "quantisation formats",
         "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
-    ("vllm#51836, ms-swift#9412, #9972", "fp32 A_log lost", LOAD + "dtypes_of_the_model_and_strides_stay"),
-    ("vllm#52013", "mtp.lm_head renamed", "not shown: mtp.* keeps its names, but no test has mtp.lm_head"),
-    ("vllm#41384", "PEFT target_parameters dropped", "daily/test_adapters.py::test_adapters_before_optimize"),
-    ("transformers#48349", "a prefix that does not match", PLAN + "bind_follows_the_decoders_prefix"),
+    (
+        "vllm#51836, ms-swift#9412, #9972",
+        "fp32 A_log lost",
+        CHECKPOINTS
+        + "vllm_51836_float32_parts_of_a_bfloat16_model_are_loaded_without_rounding"
+        + " "
+        + CHECKPOINTS
+        + "nemo_automodel_2484_what_is_float32_in_a_bfloat16_file_stays_so",
+    ),
+    (
+        "vllm#52013",
+        "mtp.lm_head renamed",
+        CHECKPOINTS + "sglang_35719_and_vllm_52013_the_draft_model_stays_under_its_names",
+    ),
+    (
+        "vllm#41384",
+        "PEFT target_parameters dropped",
+        RUNNING
+        + "vllm_41384_adapters_of_stacked_experts_take_part"
+        + " "
+        + "daily/test_adapters.py::test_adapters_before_optimize",
+    ),
+    (
+        "transformers#48349",
+        "modules left out of FP8 by names with another prefix",
+        CHECKPOINTS
+        + "transformers_48349_modules_left_out_of_fp8_are_known_under_any_prefix"
+        + " "
+        + PLAN
+        + "bind_follows_the_decoders_prefix",
+    ),
     (
         "transformers#44230, #43154",
         "FP8 experts",
@@ -224,7 +345,15 @@ MODELS: tuple[Row, ...] = (
         "mtp lost on saving",
         CONVERT + "there_and_back_is_byte_equal_and_there_is_the_plan_applied",
     ),
-    ("ktransformers#1996", "FP8 shapes", FP8 + "scales_that_do_not_divide_are_refused"),
+    (
+        "ktransformers#1996",
+        "FP8 shapes",
+        SCALES
+        + "merged_weights_and_scales_are_the_parts"
+        + " "
+        + FP8
+        + "a_config_gives_the_plan_of_its_files",
+    ),
     (
         "ktransformers#1928",
         "GPTQ",
@@ -238,7 +367,7 @@ MODELS: tuple[Row, ...] = (
     (
         "GPTQModel#2694",
         "a prefix mismatch leaves experts random",
-        LOAD + "every_fault_is_listed_and_the_model_is_unchanged",
+        CHECKPOINTS + "gptqmodel_2694_experts_under_another_prefix_are_loaded_or_refused",
     ),
     (
         "FastDeploy#7057, #7410",
@@ -250,17 +379,28 @@ MODELS: tuple[Row, ...] = (
         "fused and single experts",
         "runtime/layouts/test_experts.py::test_a_stack_comes_apart_and_together",
     ),
-    ("tokenspeed#766", "FP8 with a fused ba", SCALES + "dtypes_and_scales_that_disagree_are_refused"),
+    (
+        "tokenspeed#766",
+        "FP8 with a fused ba",
+        CHECKPOINTS + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain",
+    ),
     (
         "1Cat-vLLM#428",
         "bitsandbytes shapes",
         "runtime/test_quantization.py::test_a_checkpoint_is_refused_by_the_name_of_its_format",
     ),
-    ("prime-rl#2166", "one row cannot be quantised by blocks", SCALES + "a_table_of_one_block_is_a_table"),
+    (
+        "prime-rl#2166",
+        "one row cannot be quantised by blocks",
+        CHECKPOINTS + "vllm_47445_and_prime_rl_2166_plain_rows_beside_fp8_stay_plain",
+    ),
     (
         "sglang#22312",
         "b and a as strided views",
-        OPS + "test_gated_delta_rule.py::test_strided_inputs_give_what_contiguous_ones_give",
+        OPS
+        + "test_gdn_gates.py::test_they_are_those_of_transformers_and_the_switch_rounds_beta_as_eager_does"
+        + " "
+        + KERNELS,
     ),
     (
         "sglang#20741, #19961",
@@ -271,7 +411,14 @@ MODELS: tuple[Row, ...] = (
     (
         "sglang#38975, #38977, #40362, vllm#53877, #51779, #51797",
         "beta rounded, or not",
-        OPS + "test_gdn_decode.py::test_the_switch_rounds_the_rate_as_eager_does",
+        RUNNING
+        + "sglang_38975_rates_that_are_not_rounded_keep_the_state"
+        + " "
+        + OPS
+        + "test_gdn_decode.py::test_the_switch_rounds_the_rate_as_eager_does"
+        + " "
+        + OPS
+        + "test_gdn_gates.py::test_they_are_those_of_transformers_and_the_switch_rounds_beta_as_eager_does",
     ),
     (
         "sglang#13081, vllm#28182, vllm-ascend#3571",
@@ -286,51 +433,88 @@ MODELS: tuple[Row, ...] = (
     (
         "vllm#51305, #51370",
         "fp32 inputs of chunk kernels",
-        OPS + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers",
+        KERNELS + " " + OPS + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers",
     ),
-    ("sglang#19070", "precision under tensor parallelism", "not shown: nothing here runs on several devices"),
+    (
+        "sglang#19070",
+        "partial sums added up twice under tensor parallelism",
+        RUNNING + "sglang_19070_what_the_ranks_compute_adds_up_to_the_whole",
+    ),
     (
         "vllm#36872",
         "speculative decoding",
-        "daily/test_generate.py::test_assisted_decoding_with_both_models_optimised_and_with_lookup",
+        RUNNING
+        + "vllm_36872_speculation_over_recurrent_states_is_refused_as_for_the_plain_model"
+        + " "
+        + "daily/test_generate.py::test_assisted_decoding_with_both_models_optimised_and_with_lookup",
     ),
     (
         "sglang#34421, #34307",
         "ratios 3 and 8",
-        "passes/test_layout_chains.py::test_a_grouped_projection_is_rewritten_bit_for_bit",
+        "passes/test_layout_chains.py::test_a_grouped_projection_is_rewritten_bit_for_bit"
+        + " "
+        + OPS
+        + "test_gated_delta_rule.py::test_output_and_state_are_those_of_transformers"
+        + " "
+        + FORMULAS
+        + "every_row_is_where_the_formula_puts_it",
     ),
-    ("FLA#913, #607", "faults of kernels on one device", "not shown: needs that device"),
+    ("FLA#913, #607", "kernels that read beyond the ends", KERNELS),
     (
         "transformers#46851, #46859",
         "packed documents leak",
-        OPS + "test_causal_conv1d.py::test_packed_sequences_give_what_each_gives_alone",
+        RUNNING
+        + "transformers_46851_packed_documents_are_what_the_plain_model_makes_of_them"
+        + " "
+        + OPS
+        + "test_causal_conv1d.py::test_packed_sequences_give_what_each_gives_alone"
+        + " "
+        + OPS
+        + "test_gated_delta_rule.py::test_packed_sequences_give_bit_for_bit_what_each_gives_alone",
     ),
     (
         "transformers#46773",
         "the padding mask skipped at batch 1",
-        "daily/test_generate.py::test_prompts_of_several_lengths_padded_on_the_left",
+        RUNNING
+        + "transformers_46773_padding_of_a_single_sequence_is_masked"
+        + " "
+        + "daily/test_generate.py::test_prompts_of_several_lengths_padded_on_the_left",
     ),
     (
         "transformers#46441",
         "static cache without linear attention",
-        "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
+        RUNNING
+        + "transformers_46441_a_static_cache_starts_anew"
+        + " "
+        + "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
     ),
     (
         "FLA#52",
         "wrong under torch.compile",
-        OPS + "test_gated_delta_rule.py::test_the_operator_keeps_torchs_rules",
+        OPS
+        + "test_gated_delta_rule.py::test_the_operator_keeps_torchs_rules"
+        + " "
+        + "runtime/test_optimize.py::test_greedy_tokens_are_those_of_the_plain_model",
     ),
     (
         "axolotl#3734",
         "a graph break in the GDN loop",
-        "passes/test_families.py::test_0_8b_leaves_nothing_unexplained",
+        RUNNING + "axolotl_3734_a_prompt_and_a_token_are_one_graph_each",
     ),
     (
         "unsloth#6850, #5434, #4688, #5345, peft#3009",
         "optional kernels gate features",
         OPS + "test_interpreter.py::test_the_operators_import_without_triton_and_do_not_import_it",
     ),
-    ("ms-swift#9325", "an export too small", CONVERT + "progress_counts_every_byte_once"),
+    (
+        "ms-swift#9325",
+        "an FP8 export too small",
+        SCALES
+        + "quantised_checkpoints_convert_there_and_back"
+        + " "
+        + CONVERT
+        + "progress_counts_every_byte_once",
+    ),
 )
 
 

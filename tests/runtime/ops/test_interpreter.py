@@ -25,7 +25,8 @@ def test_every_operator_with_a_kernel_has_tests_of_it() -> None:
         and name != "gate_product"
         and not name.endswith("_kernel")  # a part of the operator's file
     }
-    assert with_kernel and with_kernel == {p.stem.removeprefix("test_") for p in KERNELS.glob("test_*.py")}
+    tested = {path.stem.removeprefix("test_") for path in KERNELS.glob("test_*.py")} - {"large_offsets"}
+    assert with_kernel and with_kernel == tested
 
 
 @needs_triton
