@@ -50,8 +50,13 @@ def value_of(node: Node) -> Any:
 
 
 def layer_of(node: Node) -> tuple[str, int] | None:
-    """The outermost numbered module that a node was traced in, as path and number; None outside of any."""
+    """The outermost numbered module that a node was traced in, as path and number; None outside of any.
+
+    What computes a parametrised weight has a number, but is no layer.
+    """
     for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if "parametrizations" in path:
+            return None
         number = re.search(r"(?:\.|\[')_?(\d+)(?:'\]|\.|$)|\[(\d+)\]", path)
         if number:
             return path[: number.start()], int(number[1] or number[2])

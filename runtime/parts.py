@@ -110,9 +110,10 @@ class Rewriting:
         self._number, self.filled = self._fused_inputs()
 
     def _cut(self) -> None:
-        """Find the parts of the graph's layers; leaves none where the graph has to stay whole."""
+        """Find the parts of the graph's layers; leaves none where nothing repeats or must not be cut."""
         pieces = outline.cut(self.graph_module, self._looks)
-        if len(pieces) < 3 or _crossed_by_unknown_sizes(pieces) or _read_by_linears_of_several(pieces):
+        alike = len({piece.structure for piece in pieces}) < len(pieces)
+        if not alike or _crossed_by_unknown_sizes(pieces) or _read_by_linears_of_several(pieces):
             return
         try:
             parts = outline.shared(pieces, self._part, lambda *pair: self._renaming(*pair) is not None)

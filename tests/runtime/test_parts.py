@@ -183,8 +183,8 @@ def test_a_computed_value_and_its_view_cross_together() -> None:
         y = gated(layer, whole + 1, None)[0]
         return y + turned.t(), (y, y.t())
 
-    captured = compared(integers(Stack(step)), torch.arange(8.0).reshape(2, 4))
-    assert len(captured.by_layer[0].uses) == 4
+    captured = compared(integers(Stack(step, 5)), torch.arange(8.0).reshape(2, 4))
+    assert len(captured.by_layer[0].uses) == 6
 
 
 def test_a_layer_of_another_structure_is_a_part_of_its_own() -> None:
