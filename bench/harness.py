@@ -541,6 +541,7 @@ def run(
     dtypes: Callable[[argparse.Namespace], Sequence[torch.dtype]],
     cases: Callable[[argparse.Namespace], Iterable[Case | Skipped]],
     argv: Sequence[str] | None = None,
+    then: Callable[["BenchReport"], object] = lambda report: None,
 ) -> int:
     """The body of every benchmark: parse, measure the limits, time each case, print and write.
 
@@ -548,6 +549,7 @@ def run(
         dtypes: of the matrix products whose rate is measured.
         cases: makes the cases; an iterator, so that one case's models are gone before the next one's are
             made. What cannot be measured here is `Skipped`, with the reason.
+        then: called with the report when it is printed and written.
 
     Returns:
         The exit code: 0, or 1 if an output was wrong or fused code did not run.
@@ -576,6 +578,7 @@ def run(
         options.json.write_text(report.to_json())
     if options.plot and results:
         plot(report, options.plot)
+    then(report)
     return 0 if report.ok else 1
 
 

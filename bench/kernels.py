@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import importlib
 import importlib.util
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import Case, Peer, arguments, run
+from harness import BenchReport, Case, Peer, Result, Skipped, arguments, run
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -95,6 +97,10 @@ class Work:
     reference: Callable[..., Any]
     given: tuple[Any, ...]
     bytes: int
+
+    @property
+    def device(self) -> torch.device:
+        return next(x.device for x in self.given if isinstance(x, Tensor))
 
 
 def works(widths: Widths, batch: int, length: int, dtype: torch.dtype, device: str) -> Iterator[Work]:
@@ -351,33 +357,115 @@ def compile_all(options: argparse.Namespace) -> int:
 
 # With a GPU: time against bytes
 
+COPY = "a copy of as many bytes"
+COMPILED = "torch.compile"
+SEPARATE = "three launches"
+OTHER_LIBRARY = "flash-linear-attention"
+# The reference is a loop over chunks: minutes of compiling for each length.
+NOT_COMPILED = ("chunk_gated_delta_rule", "chunk_gated_delta_rule, packed")
 
-def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """One case for each kernel, size and number of tokens."""
+
+@dataclass(frozen=True)
+class Claim:
+    """A speed that a kernel has to have: times as fast as a peer, at least.
+
+    Attributes:
+        kernels: names of operators. batches, lengths: least and most of them at which it is claimed.
+        A copy of as many bytes is a ratio of 1 at the copy bandwidth.
+    """
+
+    kernels: tuple[str, ...]
+    batches: tuple[int, int]
+    lengths: tuple[int, int]
+    against: str
+    ratio: float
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f} x {self.against}"
+
+    def is_of(self, kernel: str, batch: int, length: int) -> bool:
+        inside = self.batches[0] <= batch <= self.batches[1] and self.lengths[0] <= length <= self.lengths[1]
+        return kernel in self.kernels and inside
+
+
+MANY = 2**31
+DECODE = ("gdn_decode", "gdn_decode, interleaved")
+NORMS = ("rms_norm", "add_rms_norm", "gated_rms_norm", "qk_norm_rope", "qk_norm_rope_gate")
+CLAIMS = (
+    Claim(DECODE, (64, MANY), (1, 1), COPY, 0.7),
+    Claim(DECODE[:1], (1, 1), (1, 1), SEPARATE, 2.0),
+    Claim(NORMS, (1, MANY), (8192, MANY), COPY, 0.8),
+)
+
+
+def _claims_of(case: str) -> list[Claim]:
+    kernel, batch, length = re.fullmatch(r"(.+), \S+ \w+, batch (\d+), (\d+) tokens?", case).groups()  # type: ignore[union-attr]
+    return [claim for claim in CLAIMS if claim.is_of(kernel, int(batch), int(length))]
+
+
+def verdicts(results: Iterable[Result]) -> Iterator[str]:
+    """A line for each claim on a case that was measured: what was reached, and whether that is enough."""
+    for result in results:
+        for claim in _claims_of(result.case) if result.fused_expected else ():
+            reached = next(ratio.of_medians for ratio in result.ratios if ratio.against == claim.against)
+            said = "met" if reached >= claim.ratio else "MISSED"
+            yield f"{said}: {result.case}: {reached:.2f}, claimed {claim}"
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case | Skipped]:
+    """One case for each kernel, size and number of tokens; what fails, or has no time left, is skipped."""
     if not options.device.startswith("cuda"):
         raise OptionError("kernels are timed on a GPU: --device cuda, or --compile-only without one")
+    if importlib.util.find_spec("fla") is None:
+        yield Skipped("every case", f"{OTHER_LIBRARY} is not installed: not among the peers")
+    until = time.monotonic() + 60 * options.minutes
     for size in options.size:
         for name in options.dtype:
-            for batch in options.batch:
-                yield from _cases(options, size, name, batch, 1)
-            for tokens in options.tokens:
-                yield from _cases(options, size, name, 1, tokens)
+            for batch, length in (*((b, 1) for b in options.batch), *((1, t) for t in options.tokens)):
+                if time.monotonic() > until:
+                    where = _case_name("every kernel", size, name, batch, length)
+                    yield Skipped(where, f"the time was up: --minutes {options.minutes:g}")
+                else:
+                    yield from _cases(options, size, name, batch, length)
 
 
-def _cases(options: argparse.Namespace, size: str, dtype: str, batch: int, length: int) -> Iterator[Case]:
-    where = f"{size} {dtype}, batch {batch}, {length} token{'s' * (length > 1)}"
+def _case_name(kernel: str, size: str, dtype: str, batch: int, length: int) -> str:
+    return f"{kernel}, {size} {dtype}, batch {batch}, {length} token{'s' * (length > 1)}"
+
+
+def _cases(
+    options: argparse.Namespace, size: str, dtype: str, batch: int, length: int
+) -> Iterator[Case | Skipped]:
+    torch.manual_seed(0)
     for work in works(WIDTHS[size], batch, length, DTYPES[dtype], options.device):
-        if not options.kernel or work.name in options.kernel:
+        name = _case_name(work.name, size, dtype, batch, length)
+        if options.kernel and work.name not in options.kernel:
+            continue
+        if options.claims and not _claims_of(name):
+            continue
+        ready: list[Peer] = []
+        for peer in _peers(work, options.claims):
+            try:
+                peer.sample()  # compiles
+            except Exception as error:  # one peer that cannot run here must not end the run
+                first = str(error).partition("\n")[0]
+                yield Skipped(f"{name}, {peer.name}", f"{type(error).__name__}: {first}")
+                if peer.name == "fxfuse":
+                    break
+            else:
+                ready.append(peer)
+        names = [peer.name for peer in ready]
+        if "fxfuse" in names:
             yield Case(
-                name=f"{work.name}, {where}",
-                peers=tuple(_peers(work)),
-                baselines=("torch.compile", *(("three launches",) if work.name == "gdn_decode" else ())),
+                name=name,
+                peers=tuple(ready),
+                baselines=tuple(x for x in (COPY, COMPILED, SEPARATE, OTHER_LIBRARY) if x in names),
                 bytes=work.bytes,
                 dtype=DTYPES[dtype],
             )
 
 
-def _peers(work: Work) -> Iterator[Peer]:
+def _peers(work: Work, claims: bool) -> Iterator[Peer]:
     calls = 0
 
     def counted() -> Any:
@@ -389,14 +477,20 @@ def _peers(work: Work) -> Iterator[Peer]:
         return True
 
     yield Peer("fxfuse", _timed(counted), lambda: _matches(work), lambda: calls)
-    torch.compiler.reset()  # at the limit of recompilations torch would silently run eager
-    compiled = torch.compile(work.reference, dynamic=False)
-    yield Peer("torch.compile", _timed(lambda: compiled(*work.given)), always)
+    source = torch.empty(work.bytes // 2, dtype=torch.uint8, device=work.device)
+    target = torch.empty_like(source)
+    yield Peer(COPY, _timed(lambda: target.copy_(source)), lambda: torch.equal(target, source))
     if work.name == "gdn_decode":
-        yield Peer("three launches", _timed(three_launches(*work.given)), always)
+        separate = functools.cache(lambda: three_launches(*work.given))
+        yield Peer(SEPARATE, _timed(lambda: separate()()), always)
+    if not claims and work.name not in NOT_COMPILED:
+        torch.compiler.reset()  # at the limit of recompilations torch would silently run eager
+        compiled = torch.compile(work.reference, dynamic=False)
+        yield Peer(COMPILED, _timed(lambda: compiled(*work.given)), always)
     theirs = BY_FLA.get(work.name)
     if theirs is not None and importlib.util.find_spec("fla"):
-        yield Peer("flash-linear-attention", _timed(theirs(*work.given)), always)
+        other = functools.cache(lambda: theirs(*work.given))
+        yield Peer(OTHER_LIBRARY, _timed(lambda: other()()), always)
 
 
 def _timed(function: Callable[[], object]) -> Callable[[], float]:
@@ -512,6 +606,17 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--tokens", type=int, nargs="+", default=[8192], help="of a prompt (default 8192)")
     options.add_argument("--kernel", nargs="+", help="names of the kernels to time (default all)")
+    options.add_argument(
+        "--claims",
+        action="store_true",
+        help="only what a speed is claimed of, without torch.compile: minutes",
+    )
+    options.add_argument(
+        "--minutes",
+        type=float,
+        default=240.0,
+        help="begin no case after them; the rest is said to be skipped",
+    )
     options.set_defaults(device="cuda")
     return options
 
@@ -522,7 +627,13 @@ def main(argv: list[str] | None = None) -> int:
         return compile_all(options)
     if not torch.cuda.is_available():
         parser().error("no CUDA device: --compile-only shows registers and spills without one")
-    return run("time of each kernel", parser(), lambda _: [torch.bfloat16], cases, argv)
+    reports: list[BenchReport] = []
+    code = run("time of each kernel", parser(), lambda _: [torch.bfloat16], cases, argv, reports.append)
+    for report in reports:
+        print("\n".join(verdicts(report.results)))
+        if any(left_out.case.endswith(", fxfuse") for left_out in report.skipped):
+            return 1
+    return code
 
 
 if __name__ == "__main__":

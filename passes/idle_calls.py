@@ -6,6 +6,7 @@ After:  c = add(x, y)
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -117,7 +118,7 @@ def _same_elements(node: Node, source: Node) -> bool:
 
 def writes_to_values(program: Program) -> None:
     """add_(x, y) on memory that nobody else sees -> add(x, y), for those who read x after it."""
-    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    writes, shown = StorageWrites(program.graph), layout_shows(program.graph)
     sharing: dict[int | None, list[Node]] = {}
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
@@ -127,8 +128,8 @@ def writes_to_values(program: Program) -> None:
         if storage is None or len(nodes) == 1 or any(switches_autocast(mode[node]) for node in nodes):
             continue
         position = {node: i for i, node in enumerate(program.graph.nodes)}
-        values = _values_of_writes(program, nodes, position, known)
-        if not values or (storage in fixed and not _laid_out_alike(program, nodes, values)):
+        values = _values_of_writes(nodes, position, _Fits(program, known, storage in shown))
+        if not values:
             continue
         written = nodes[: len(values) + 1]
         for node in written:
@@ -147,7 +148,7 @@ def writes_to_values(program: Program) -> None:
 
 def results_to_values(program: Program) -> None:
     """silu_(x[:2]) -> silu(x[:2]) where nobody reads x afterwards, and add(x, y, out=empty) -> add(x, y)."""
-    fixed, changed = layout_matters(program.graph), False
+    fixed, shown, changed = layout_matters(program.graph), layout_shows(program.graph), False
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
     sharing: dict[int | None, list[Node]] = {}
@@ -166,8 +167,9 @@ def results_to_values(program: Program) -> None:
             continue
         if any(not isinstance(user.meta.get("val"), Tensor) for node in before for user in node.users):
             continue
-        target = _without_out(program, write, known) if "out" in write.kwargs else None
-        target = target or _as_value(program, write, known)
+        fits = _Fits(program, known, storage in shown)
+        target = _without_out(write, fits) if "out" in write.kwargs else None
+        target = target or _as_value(write, fits)
         if target is not None:
             write.target = target
             write.kwargs = {key: value for key, value in write.kwargs.items() if key != "out"}
@@ -186,20 +188,32 @@ def _known(program: Program) -> Known:
     return {node: node.meta.get("val") for node in program.graph.nodes}
 
 
-def _gives(program: Program, node: Node, function: Any, known: Known) -> bool:
-    """Whether an overload gives, of the call's arguments, the dtype and sizes of the memory written to."""
-    kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
-    given, options = map_arg((node.args, kwargs), known.__getitem__)
-    with program.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
-        try:
-            made = function(*given, **options)
-        except (RuntimeError, TypeError):
+@dataclass(frozen=True)
+class _Fits:
+    """Whether an overload gives, of a call's arguments, the dtype and sizes of the memory written to.
+
+    Where its layout shows, the strides as well.
+    """
+
+    program: Program
+    known: Known
+    layout_shows: bool = False
+
+    def __call__(self, node: Node, function: Any) -> bool:
+        kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
+        given, options = map_arg((node.args, kwargs), self.known.__getitem__)
+        with self.program.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
+            try:
+                made = function(*given, **options)
+            except (RuntimeError, TypeError):
+                return False
+        own = self.known[node]
+        if made.dtype != own.dtype or not equal_sizes(made.shape, own.shape):
             return False
-    own = known[node]
-    return made.dtype == own.dtype and equal_sizes(made.shape, own.shape)
+        return not self.layout_shows or equal_sizes(made.stride(), own.stride())
 
 
-def _without_out(program: Program, node: Node, known: Known) -> Any:
+def _without_out(node: Node, fits: _Fits) -> Any:
     """The overload that returns what this one writes to memory made for it, all of one dtype."""
     out, target = node.kwargs["out"], node.target
     is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
@@ -212,7 +226,7 @@ def _without_out(program: Program, node: Node, known: Known) -> Any:
     wanted = _types(target)[:-1]  # type: ignore[arg-type]
     overloads = [getattr(packet, each) for each in packet.overloads()]
     value = next((overload for overload in overloads if _types(overload) == wanted), None)
-    return value if value is not None and _gives(program, node, value, known) else None
+    return value if value is not None and fits(node, value) else None
 
 
 def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
@@ -224,9 +238,7 @@ def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
         program.graph.erase_node(root)
 
 
-def _values_of_writes(
-    program: Program, nodes: list[Node], position: dict[Node, int], known: Known
-) -> list[Any]:
+def _values_of_writes(nodes: list[Node], position: dict[Node, int], fits: _Fits) -> list[Any]:
     """What the writes compute, for memory that one node makes and others then write as a whole.
 
     Views of it may follow the last write; nothing for any other memory.
@@ -244,26 +256,11 @@ def _values_of_writes(
         is_list = not isinstance(user.meta.get("val"), Tensor) and position[user] < position[writes[-1]]
         if user not in writes and (is_list or any(n in nodes for n in written_by(user))):
             return []
-    values = [_as_value(program, node, known) for node in writes]
+    values = [_as_value(node, fits) for node in writes]
     return [] if any(value is None for value in values) else values
 
 
-def _laid_out_alike(program: Program, nodes: list[Node], values: list[Any]) -> bool:
-    """Whether what is computed as a value has the strides that the memory has."""
-    own = nodes[0].meta["val"]
-    with program.fake_mode or nullcontext(), torch.no_grad():
-        for node, function in zip(nodes[1 : len(values) + 1], values, strict=True):
-            if any("val" not in n.meta for n in node.all_input_nodes):
-                return False  # it has just been changed itself: left for another time
-            args, kwargs = map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-            made = function(own, *args[1:], **kwargs)
-            pairs = zip((*made.shape, *made.stride()), (*own.shape, *own.stride()), strict=True)
-            if not all(statically_known_true(a == b) for a, b in pairs):
-                return False
-    return True
-
-
-def _as_value(program: Program, node: Node, known: Known) -> Any:
+def _as_value(node: Node, fits: _Fits) -> Any:
     """The overload that returns what this one writes to its first argument, None where there is none."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
@@ -276,7 +273,7 @@ def _as_value(program: Program, node: Node, known: Known) -> Any:
     if str(node.target) in ops.WRITES_OF_A_PART:
         return None  # the value would be a copy of the rest, of a whole cache say
     functional = _overload_like(node.target, name[:-1])
-    return functional if functional is not None and _gives(program, node, functional, known) else None
+    return functional if functional is not None and fits(node, functional) else None
 
 
 def _overload_like(target: torch._ops.OpOverload, name: str) -> Any:

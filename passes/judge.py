@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
+from fxfuse.errors import ShapeError
 from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.regions import Refused, read_by
 
@@ -71,7 +72,10 @@ class Judge:
                 theirs, ours = _copied(inputs), _copied(inputs)
                 values = run(region, theirs, fewer)
                 expected = [values[node] for node in outputs] + [theirs[s] for s in states]
-                got = [*candidate(ours), *(ours[s] for s in states)]
+                try:
+                    got = [*candidate(ours), *(ours[s] for s in states)]
+                except ShapeError as error:  # the operator's own word on what it does not take
+                    raise Refused(outputs[0], str(error)) from error
                 if not all(_close(e, g) for e, g in zip(expected, got, strict=True)):
                     return False
         return True

@@ -105,25 +105,31 @@ def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]
 
 
 def apply(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, Outcome]]:
+    """`without_code`, and code for the result, so that its graph module can be called."""
+    rewritten, outcomes = without_code(program, passes)
+    rewritten.write_code()
+    return rewritten, outcomes
+
+
+def without_code(program: Program, passes: Sequence[Pass]) -> tuple[Program, dict[str, Outcome]]:
     """Normalise and run the passes; the program given stays as it is.
 
     A pass that raises, or leaves a graph that does not hold together, is undone and reported as a miss; if
     the normal form fails so, no pass runs.
     """
     given, outcomes = program, {}
-    program, outcome = _attempt("normalise", _normalised, program)
+    program, outcome, draft = _attempt("normalise", _normalised, program)
     if outcome.misses:
         outcomes["normalise"] = outcome
         passes = ()
     for each in passes:
-        program, outcomes[each.name] = _attempt(each.name, each.run, program)
+        program, outcomes[each.name], draft = _attempt(each.name, each.run, program, draft)
     if program is given:
         program = program.copy()
     elif any(outcome.matches for outcome in outcomes.values()):
-        program, outcome = _attempt("output_layout", lambda p: restore_output_layout(p, given), program)
+        program, outcome, _ = _attempt("output_layout", lambda p: restore_output_layout(p, given), program)
         if outcome.misses:
             outcomes["output_layout"] = outcome
-    program.write_code()
     return program, outcomes
 
 
@@ -132,16 +138,23 @@ def _normalised(program: Program) -> Outcome:
     return Outcome(matches=[Match("normalise", "", (), "")])
 
 
-def _attempt(name: str, run: Callable[[Program], Outcome], program: Program) -> tuple[Program, Outcome]:
-    """The program after `run`, and what it did; where it fails, the program as it was, and the reason."""
-    attempt = program.copy()
+def _attempt(
+    name: str, run: Callable[[Program], Outcome], program: Program, draft: Program | None = None
+) -> tuple[Program, Outcome, Program | None]:
+    """The program after `run`, and what it did; where it fails, the program as it was, and the reason.
+
+    Last comes a copy of that program where there is one that nothing has changed, to be the next `draft`: to
+    copy a graph costs more than most passes that find nothing in it.
+    """
+    attempt = draft or program.copy()
     try:
         outcome = run(attempt)
         if outcome.matches:
             attempt.graph.lint()
             attempt.refresh()
+            return attempt, outcome, None
     except Exception as error:
         log.warning("pass %s was undone: %s: %s", name, type(error).__name__, error)
         reason = f"the pass failed and was undone: {type(error).__name__}: {error}"
-        return program, Outcome(misses=[Miss(name, "", "", reason)])
-    return (attempt if outcome.matches else program), outcome
+        return program, Outcome(misses=[Miss(name, "", "", reason)]), None
+    return program, outcome, attempt if attempt.is_copy_of(program) else None

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -83,6 +84,15 @@ class Program:
             graph_module, self.weights, self.fake_mode, self.grad_enabled, self.copy_weights, list(self.fused)
         )
 
+    def is_copy_of(self, other: Program) -> bool:
+        """Whether this is what `other.copy()` gives: nothing in it was changed since."""
+        nodes, others = self.graph.nodes, other.graph.nodes
+        return (
+            len(nodes) == len(others)
+            and len(self.fused) == len(other.fused)
+            and all(map(_is_copy, nodes, others))
+        )
+
     def write_code(self) -> None:
         """Make the graph module one that can be called."""
         meta = self.graph_module.meta
@@ -94,7 +104,7 @@ class Program:
 
     def calls(self, *targets: str) -> list[Node]:
         """Call nodes whose operator has one of these names, in order."""
-        return [n for n in self.graph.nodes if n.op == "call_function" and str(n.target) in targets]
+        return [n for n in self.graph.nodes if n.op == "call_function" and _name(n.target) in targets]
 
     def add_fused_weight(self, transform: Transform, members: Iterable[Node], shares_memory: bool) -> Node:
         """A new last placeholder for the transform's target; the caller of the graph fills it."""
@@ -197,6 +207,8 @@ class Program:
 
         A result in memory of its own that is laid out as before stays as it is, and what follows with it.
         """
+        if all("val" in node.meta or node.op != "call_function" for node in self.graph.nodes):
+            return
         changed: set[Node] = set()
         origin: dict[int, Node] = {}
         for node in self.graph.nodes:
@@ -241,6 +253,36 @@ class Program:
                 value = self.fake_mode.from_tensor(value, static_shapes=True)
             node.meta["val"] = value
         return node.meta["val"]
+
+
+# An operator puts its name together anew each time that it is asked.
+_name = cache(str)
+
+_MISSING = object()
+
+
+def _is_copy(node: Node, other: Node) -> bool:
+    return (
+        node.name == other.name
+        and node.target == other.target
+        and len(node.meta) == len(other.meta)
+        and all(value is other.meta.get(key, _MISSING) for key, value in node.meta.items())
+        and _same_arguments(node.args, other.args)
+        and _same_arguments(node.kwargs, other.kwargs)
+    )
+
+
+def _same_arguments(given: Any, other: Any) -> bool:
+    """Of a node and of its copy: copies of nodes have their names, constants are the same objects."""
+    if isinstance(given, Node):
+        return isinstance(other, Node) and given.name == other.name
+    if isinstance(given, (list, tuple)):
+        same_kind = isinstance(other, (list, tuple)) and len(given) == len(other)
+        return same_kind and all(map(_same_arguments, given, other))
+    if isinstance(given, dict):
+        same_keys = isinstance(other, dict) and list(given) == list(other)
+        return same_keys and all(_same_arguments(value, other[key]) for key, value in given.items())
+    return given is other
 
 
 def module_path(node: Node) -> str:

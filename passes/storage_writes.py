@@ -3,6 +3,7 @@
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -72,20 +73,27 @@ def written_by(node: Node) -> list[Node]:
         return []
     if isinstance(node.target, HigherOrderOperator):
         return [] if node.target.name() in ops.READ_ONLY_HIGHER_ORDER else node.all_input_nodes
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return []
-    undeclared = ops.UNDECLARED_WRITES.get(str(node.target), ())
-    written = []
-    for position, argument in enumerate(schema.arguments):
-        declared = argument.alias_info is not None and argument.alias_info.is_write
-        if not declared and position not in undeclared:
-            continue
-        value = node.kwargs.get(argument.name, node.args[position] if position < len(node.args) else None)
+    written: list[Node] = []
+    for position, name in _written_arguments(node.target):
+        value = node.kwargs.get(name, node.args[position] if position < len(node.args) else None)
         written += [
             v for v in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(v, Node)
         ]
     return written
+
+
+@cache
+def _written_arguments(target: Any) -> tuple[tuple[int, str], ...]:
+    """Position and name of each argument that a call of this target writes to."""
+    schema = getattr(target, "_schema", None)
+    if schema is None:
+        return ()
+    undeclared = ops.UNDECLARED_WRITES.get(str(target), ())
+    return tuple(
+        (position, argument.name)
+        for position, argument in enumerate(schema.arguments)
+        if position in undeclared or (argument.alias_info is not None and argument.alias_info.is_write)
+    )
 
 
 class StorageWrites:

@@ -111,10 +111,16 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
     return next((f.fake_mode for f in fakes if isinstance(f, FakeTensor)), None)
 
 
+# Take effect while a graph is traced and leave no call in it.
+_UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
+
+
 class _Retracer(Interpreter):
     """Runs Dynamo's graph to be traced again."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target in _UNRECORDED:
+            raise RuntimeError(f"torch.{target.__name__} is lost in tracing: write `with torch.autocast(...)`")
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()

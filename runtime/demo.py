@@ -8,6 +8,7 @@ time per token beside eager and torch.compile in the same run, and the same weig
 import functools
 import gc
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -38,6 +39,7 @@ from fxfuse.runtime.demonstration import (
 )
 from fxfuse.runtime.demonstration_text import show
 from fxfuse.runtime.generation import Generated, TokenClock, generate
+from fxfuse.runtime.headers import read_config, read_tensors
 from fxfuse.runtime.random_checkpoint import random_checkpoint
 from fxfuse.testing.oracles import default_slack
 
@@ -45,6 +47,7 @@ __all__ = ["run"]
 
 _PROMPT_TOKENS = 48
 _ROUNDS = 2
+_HUB_NAME = re.compile(r"[\w.-]*\w/[\w.-]+")  # what from_pretrained downloads
 _TEXT = (
     "A linear attention layer keeps a matrix for each head instead of a cache that grows. At every step it "
     "decays by a gate, forgets what it held for the current key, and stores the new value in its place. "
@@ -70,9 +73,18 @@ def run(
         say = _Progress()
         if checkpoint is None:
             checkpoint = random_checkpoint(size, cache=cache, progress=sys.stderr.isatty())
+        _check_files(str(checkpoint))
         result = _demonstrate(str(checkpoint), tokens, say)
     show(result, out)
     return result
+
+
+def _check_files(checkpoint: str) -> None:
+    """Raises CheckpointError for what is damaged or missing in a folder, before anything is loaded."""
+    folder = Path(checkpoint)
+    if folder.exists() or not _HUB_NAME.fullmatch(checkpoint):
+        read_config(folder)
+        read_tensors(folder)
 
 
 def _demonstrate(checkpoint: str, tokens: int, say: "_Progress") -> Demonstration:

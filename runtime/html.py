@@ -6,6 +6,7 @@ Nothing is loaded from elsewhere: styles and drawings are part of the page.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 STYLE = """
 :root { color-scheme: light dark; --line: #8889; --soft: #8882; }
-body { font: 15px/1.5 system-ui, sans-serif; margin: 0; padding: 1rem 2rem 4rem; }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 0; padding: 1rem min(2rem, 4vw) 4rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { margin-top: 2.5rem; font-size: 1.2rem; }
 p, dl { max-width: 60rem; } dt { font-weight: 600; } dd { margin: 0 0 .6rem 1.5rem; }
 table { border-collapse: collapse; } code { font: 13px ui-monospace, monospace; overflow-wrap: anywhere; }
@@ -25,8 +26,9 @@ th, td { text-align: left; padding: .3rem .8rem; border-bottom: 1px solid var(--
 td.count { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums; }
 tr.missed { background: #b3590018; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
 .muted { opacity: .75; } .pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; }
-figure { margin: 0; max-width: 100%; } figcaption { font-weight: 600; padding: .3rem 0; }
-svg { max-width: 100%; height: auto; } svg .detail { font-size: 10px; opacity: .8; }
+figure, .wide { margin: 0; max-width: 100%; overflow-x: auto; }
+figcaption { font-weight: 600; padding: .3rem 0; }
+svg { display: block; } svg .detail { font-size: 10px; opacity: .8; }
 svg text { font: 12px ui-monospace, monospace; text-anchor: middle; fill: currentColor; }
 svg .edge { fill: none; stroke: var(--line); stroke-width: 1.2; }
 svg .kept rect { fill: var(--soft); stroke: var(--line); } svg .outside text { opacity: .7; }
@@ -57,7 +59,7 @@ def _summary(report: Report) -> str:
     rows = "".join(
         f'<tr><td>{escape(name)}</td><td class="count">{g.nodes_before} → {g.nodes_after}</td>'
         f"<td>{escape(g.inner)}</td>"
-        f'<td class="count">{g.compile_seconds:.1f} s</td><td class="count">{g.calls}</td></tr>'
+        f'<td class="count">{_seconds(g.compile_seconds)}</td><td class="count">{g.calls}</td></tr>'
         for name, g in report.graph_totals()
     )
     measured = "".join(f"<p>Measured: {escape(str(m))}</p>" for m in report.measurements)
@@ -69,14 +71,16 @@ def _summary(report: Report) -> str:
         memory = "Nothing was run or moved: this is what optimize() would do, or has prepared."
     return (
         f"<p>{memory}</p>{measured or '<p>No speed was measured.</p>'}"
-        "<table><thead><tr><th>graph</th><th>nodes</th><th>run by</th><th>compiled in</th><th>calls</th>"
-        f"</tr></thead><tbody>{rows}</tbody></table>"
+        f"{_wide(['graph', 'nodes', 'run by', 'compiled in', 'calls'], rows)}"
     )
+
+
+def _seconds(spent: float) -> str:
+    return f"{spent:.1f} s" if spent else "–"  # what was only looked at was not compiled
 
 
 def _table(report: Report) -> str:
     phases = list(dict.fromkeys(row.phase for row in report.rows))
-    heads = "".join(f"<th>{escape(phase)}</th>" for phase in phases)
     lines = "".join(
         f"<tr{'' if any_match else ' class=missed'}><td><code>{escape(rule)}</code></td>"
         f"<td><code>{escape(where)}</code></td><td>{escape(detail)}</td>"
@@ -86,10 +90,13 @@ def _table(report: Report) -> str:
     )
     if not lines:
         return ""
-    return (
-        "<h2>What was rewritten</h2><table><thead><tr><th>rule</th><th>where</th><th>what</th>"
-        f"{heads}</tr></thead><tbody>{lines}</tbody></table>"
-    )
+    return f"<h2>What was rewritten</h2>{_wide(['rule', 'where', 'what', *phases], lines)}"
+
+
+def _wide(headings: Iterable[str], rows: str) -> str:
+    """A table that is scrolled where the window is narrower."""
+    heads = "".join(f"<th>{escape(heading)}</th>" for heading in headings)
+    return f'<div class="wide"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
 def _left_alone(report: Report) -> str:

@@ -243,7 +243,7 @@ class Report:
         counts: dict[tuple[str, str, str], dict[str, str]] = defaultdict(dict)
         matched: dict[tuple[str, str, str], int] = defaultdict(int)
         for row in self.rows:
-            key = row.rule, row.where, row.detail
+            key = row.rule, row.where or "the whole graph", row.detail
             counts[key][row.phase] = f"{row.matched} of {row.candidates}"
             matched[key] += row.matched
         return [

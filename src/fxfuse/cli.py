@@ -45,6 +45,12 @@ def _one_line(ctx: Any) -> Iterator[None]:
         _leave(str(error), 2, error)
     except UsageError as error:
         _leave(f"{error.format_message()} See: {(error.ctx or ctx).command_path} --help", 2, error)
+    except BrokenPipeError:  # as of `| head`, which is no error
+        raise
+    except OSError as error:
+        if ctx.params.get("debug"):
+            raise
+        _leave(f"{error.filename or type(error).__name__}: {error.strerror or error}; name another", 2, error)
     except KeyboardInterrupt as error:
         _leave("stopped", 130, error)
 
@@ -155,10 +161,11 @@ def explain(
     import fxfuse
 
     if html is not None:
-        _need_folder(html, "--html")
+        _need_file(html, "--html")
     report = fxfuse.explain(_model_without_weights(checkpoint), target=target)
     if html is not None:
-        report.to_html(html)
+        with _writing(html, "--html"):
+            report.to_html(html)
         typer.echo(f"written: {html}", err=True)
     if json:
         _print_json(report.to_dict())
@@ -166,9 +173,24 @@ def explain(
         typer.echo(str(report))
 
 
-def _need_folder(file: Path, option: str) -> None:
+def _need_file(file: Path, option: str) -> None:
     if not file.parent.is_dir():
         raise OptionError(f"{option} {file}: there is no folder {file.parent}: create it, or name another")
+    if file.is_dir():
+        raise OptionError(f"{option} {file}: is a folder: name a file in it")
+    with _writing(file, option):  # what cannot be written is said before the work, not after it
+        new = not file.exists()
+        file.open("a").close()
+        if new:
+            file.unlink()
+
+
+@contextmanager
+def _writing(file: Path, option: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OptionError(f"{option} {file}: {error.strerror or error}: name another file") from error
 
 
 def _model_without_weights(checkpoint: Path) -> Any:
@@ -280,10 +302,11 @@ def demo(
     from fxfuse.runtime.demo import run
 
     if json is not None:
-        _need_folder(json, "--json")
+        _need_file(json, "--json")
     result = run(checkpoint, size=size.value, tokens=tokens, cache=cache)
     if json is not None:
-        json.write_text(result.to_json() + "\n")
+        with _writing(json, "--json"):
+            json.write_text(result.to_json() + "\n")
     raise typer.Exit(1 if result.differences else 0)
 
 

@@ -94,6 +94,27 @@ for length in (1, 5):
             assert not kernels._matches(wrong)
 print(len(names))
 """
+    assert interpreted(code) == ["17"]
+
+
+TINY = """
+import dataclasses, torch, kernels, harness
+kernels.KEY_HEADS, kernels.HEAD, kernels.HEAD_DIM, kernels.ROTARY, kernels.CACHE = 2, 8, 8, 4, 6
+kernels.WIDTHS = {"tiny": kernels.Widths(24, 6, 4, 2, 20)}
+kernels._timed = lambda function: lambda: (function(), 1.0)[1]
+options = kernels.parser().parse_args(["--dtype", "float32", "--claims"])
+options.device = "cpu"
+def measured(batch, length):
+    cases = list(kernels._cases(options, "tiny", "float32", batch, length))
+    skipped = [x for x in cases if isinstance(x, harness.Skipped)]
+    whole = [x for x in cases if isinstance(x, harness.Case)]
+    limit = harness.Limits(1.0, {})
+    return skipped, [r for case in whole for r in harness.measure(case, limit, rounds=1, warmup=1)]
+"""
+
+
+def interpreted(code: str) -> list[str]:
+    """Lines that the code prints, in a process with Triton's interpreter, in the folder of the benchmarks."""
     run = subprocess.run(
         [sys.executable, "-c", code],
         env={**os.environ, "TRITON_INTERPRET": "1"},
@@ -102,4 +123,52 @@ print(len(names))
         text=True,
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    assert run.stdout.split() == ["17"]
+    return run.stdout.splitlines()
+
+
+def test_what_is_claimed_is_measured_and_said_to_be_met_or_missed() -> None:
+    lines = interpreted(
+        TINY
+        + """
+kernels.CLAIMS = tuple(dataclasses.replace(c, batches=(1, 2), lengths=(1, 9)) for c in kernels.CLAIMS)
+for batch, length in ((2, 1), (1, 5)):
+    skipped, results = measured(batch, length)
+    assert not skipped and all(r.output_matched and r.ran_fused >= r.fused_expected for r in results), results
+    print("\\n".join(kernels.verdicts(results)))
+"""
+    )
+    met = [line for line in lines if line.startswith("met: ")]
+    missed = [line for line in lines if line.startswith("MISSED: ")]
+    assert len(met) == 2 + 5 + 5 and {*met, *missed} == set(lines)
+    (line,) = missed
+    assert line == ("MISSED: gdn_decode, tiny float32, batch 2, 1 token: 1.00, claimed 2.00 x three launches")
+
+
+def test_a_peer_that_fails_is_said_to_and_the_others_are_measured() -> None:
+    lines = interpreted(
+        TINY
+        + """
+def broken(*given):
+    raise RuntimeError("out of luck\\nand more")
+options.claims, options.kernel = False, ["gdn_decode"]
+kernels.three_launches, kernels.NOT_COMPILED = broken, ("gdn_decode",)
+skipped, results = measured(1, 1)
+print(*skipped, [r.peer for r in results])
+kernels.gdn_decode.launch = broken
+skipped, results = measured(1, 1)
+print(*skipped, results)
+"""
+    )
+    assert lines[0].endswith("reason='RuntimeError: out of luck') ['fxfuse', 'a copy of as many bytes']")
+    assert "batch 1, 1 token, three launches'" in lines[0]
+    assert lines[1].endswith("batch 1, 1 token, fxfuse', reason='RuntimeError: out of luck') []")
+
+
+def test_no_case_begins_when_the_time_is_up(kernels: Any) -> None:
+    options = kernels.parser().parse_args(["--size", "27b", "--minutes", "-1", "--batch", "1", "8"])
+    found = [x for x in kernels.cases(options) if "time was up" in x.reason]
+    assert [x.case for x in found] == [
+        "every kernel, 27b bfloat16, batch 1, 1 token",
+        "every kernel, 27b bfloat16, batch 8, 1 token",
+        "every kernel, 27b bfloat16, batch 1, 8192 tokens",
+    ]

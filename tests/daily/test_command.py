@@ -1,6 +1,7 @@
 """The command for people and for machines: help one can act on, JSON, pages, errors in one line."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,6 +104,22 @@ def _no_folder_for_the_page(folder: Path) -> list[object]:
     return ["explain", folder, "--html", folder / "nowhere" / "page.html"]
 
 
+def _page_that_is_a_folder(folder: Path) -> list[object]:
+    return ["explain", folder, "--html", folder]
+
+
+def _page_that_cannot_be_written(folder: Path) -> list[object]:
+    path = random_checkpoint("small", cache=folder, progress=False)
+    return ["explain", path, "--html", "/dev/full"]
+
+
+def _truncated_shard(folder: Path) -> list[object]:
+    path = random_checkpoint("small", cache=folder, progress=False)
+    shard = max(path.glob("*.safetensors"))
+    os.truncate(shard, shard.stat().st_size // 2)
+    return ["demo", path]
+
+
 def _unknown_layout(folder: Path) -> list[object]:
     random_checkpoint("small", cache=folder / "cache", progress=False)
     folder = next((folder / "cache").iterdir())
@@ -121,6 +138,12 @@ def _unknown_benchmark(folder: Path) -> list[object]:
         (_unknown_model, "no_such_model"),
         (_broken_config, "config.json"),
         (_no_folder_for_the_page, "nowhere"),
+        (_page_that_is_a_folder, "is a folder"),
+        (_page_that_cannot_be_written, "--html /dev/full: No space left"),
+        (_truncated_shard, ".safetensors: not a readable"),
+        (lambda folder: ["demo", "no-such-folder"], "no-such-folder: not a directory"),
+        (lambda folder: ["demo", folder], "config.json: missing"),
+        (lambda folder: ["demo", "--json", "/proc/found.json"], "--json /proc/found.json: No such file"),
         (_unknown_layout, "sglangg"),
         (_unknown_benchmark, "no-such"),
     ],

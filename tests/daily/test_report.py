@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.errors import OptionError, UnsupportedModelError
+from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.runtime import inner, measure
 from fxfuse.runtime.optimize import optimization_report
 from fxfuse.runtime.pictures import Box
+from fxfuse.runtime.report import GraphRecord, grouped
 from fxfuse.runtime.svg import HEIGHT, WIDTH, draw
 
 Make = Callable[..., Any]
@@ -76,6 +78,44 @@ def test_layers_are_grouped_and_equal_reasons_are_said_once(make_model: Make) ->
     places = {row.where for row in report.rows}
     assert {"model.layers.{0..2}.self_attn.q_k_v_proj", "model.layers.{0..2}.mlp.up_proj"} <= places
     assert report.reasons()["its module has a forward hook"] == ["model.layers.{0..2}.mlp.up_proj"]
+
+
+def test_numbers_of_layers_are_spans_of_one_number_alone() -> None:
+    def places(numbers: Iterable[int], text: str = "model.layers.{}.mlp") -> list[str]:
+        return [text.format(number) for number in numbers]
+
+    assert grouped(places(range(23))) == ["model.layers.{0..22}.mlp"]
+    assert grouped(places([7])) == ["model.layers.7.mlp"]
+    assert grouped(places([4, 0, 2, 1, 6, 5])) == ["model.layers.{0..2,4..6}.mlp"]
+    # in a hybrid model every fourth layer is another one: the first two spans and the last
+    assert grouped(places(i for i in range(23) if i % 4 != 3)) == ["model.layers.{0..2,4..6,…,20..22}.mlp"]
+    assert grouped(places([10, 9, 11, 0])) == ["model.layers.{0,9..11}.mlp"]  # by number, not by letters
+    # a digit within a name is no number of a layer, and other names are other groups
+    assert grouped(["a.0.q8", "a.1.q8", "a.1.q4", "lm_head"]) == ["a.{0..1}.q8", "a.1.q4", "lm_head"]
+    assert grouped(places(range(3), "layers.{}")) == ["layers.{0..2}"]
+
+
+def test_layers_of_one_place_are_one_line_with_the_number_of_each() -> None:
+    def outcome(rule: str, matched: Iterable[int], missed: Iterable[int] = ()) -> Outcome:
+        where = "model.layers.{}.mlp".format
+        return Outcome(
+            [Match(rule, where(i), (), "2 linears → 1") for i in matched],
+            [Miss(rule, where(i), f"linear_{i}", "its module has a forward hook") for i in missed],
+        )
+
+    merged = {"same_input_linears": outcome("same_input_linears", range(23), missed=(23, 24))}
+    report = fxfuse.Report([GraphRecord(phase, 9, 8, "eager", merged) for phase in ("prefill", "decode")])
+    assert {(row.where, row.phase, row.matched, row.candidates) for row in report.rows} == {
+        (f"model.layers.{{{span}}}.mlp", phase, matched, candidates)
+        for span, matched, candidates in (("0..22", 23, 23), ("23..24", 0, 2))
+        for phase in ("prefill", "decode")
+    }
+    lines = {(where, detail): counts for (_, where, detail), counts, _ in report.lines()}
+    assert lines == {
+        ("model.layers.{0..22}.mlp", "2 linears → 1"): {"prefill": "23 of 23", "decode": "23 of 23"},
+        ("model.layers.{23..24}.mlp", "left alone"): {"prefill": "0 of 2", "decode": "0 of 2"},
+    }
+    assert report.reasons() == {"its module has a forward hook": ["model.layers.{23..24}.mlp"]}
 
 
 def test_a_reason_that_names_its_own_weight_is_said_once_for_all_places() -> None:

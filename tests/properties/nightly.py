@@ -7,7 +7,8 @@
     python tests/properties/nightly.py table                        the summary anew, from the results at hand
 
 Seeds count up from `--first`: the same seeds are the same graphs. A run that is out of time stops after the
-example at hand, and says how many it did.
+example at hand, and says how many it did; what it knows is written down every half minute, and `--resume`
+goes on from there.
 """
 
 import argparse
@@ -17,9 +18,10 @@ import platform
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -41,9 +43,13 @@ NOTES = "\n## Notes\n"
 COUNTS = {"spellings": 10_000, "near_misses": 100_000, "whole_graphs": 5_000}
 
 
+# Seconds between two writings of what is known so far.
+EVERY = 30.0
+
+
 @dataclass
 class Result:
-    """What one suite did."""
+    """What one suite did; `tally` is all that has to be known to go on."""
 
     suite: str
     first: int
@@ -51,82 +57,136 @@ class Result:
     done: int = 0
     seconds: float = 0.0
     ended: str = ""
+    tally: dict[str, Any] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
 
-def _spellings(result: Result, deadline: float) -> None:
-    """`asked` spellings, shared evenly among the blocks whose pass ships."""
-    names = spelled_blocks.SHIPPED
-    shares = {name: spelled_blocks.Share(name, BLOCKS[name].rule) for name in names}
-    for number in range(result.asked):
-        if time.monotonic() > deadline:
-            break
-        name, seed = names[number % len(names)], result.first + number // len(names)
-        one = spelled_blocks.measure(BLOCKS[name], range(seed, seed + 1))
-        share = shares[name]
+def _plain(counted: Any) -> dict[str, Any]:
+    return {name: dict(v) if isinstance(v, Counter) else v for name, v in vars(counted).items()}
+
+
+def _loaded(kind: Any, plain: dict[str, Any]) -> Any:
+    return kind(**{name: Counter(v) if isinstance(v, dict) else v for name, v in plain.items()})
+
+
+class Spellings:
+    """Spellings shared evenly among the blocks whose pass ships."""
+
+    def __init__(self, tally: dict[str, Any]) -> None:
+        self.shares = {
+            name: _loaded(spelled_blocks.Share, tally.get(name, {"block": name, "rule": BLOCKS[name].rule}))
+            for name in spelled_blocks.SHIPPED
+        }
+
+    def step(self, first: int, number: int) -> None:
+        names = spelled_blocks.SHIPPED
+        name, seed = names[number % len(names)], first + number // len(names)
+        one, share = spelled_blocks.measure(BLOCKS[name], range(seed, seed + 1)), self.shares[name]
         share.drawn, share.matched = share.drawn + one.drawn, share.matched + one.matched
         share.missed += one.missed
         share.reasons += one.reasons
+
+    def tally(self) -> dict[str, Any]:
+        return {name: _plain(share) for name, share in self.shares.items()}
+
+    def lines(self) -> list[str]:
+        return spelled_blocks.table(list(self.shares.values())).splitlines()
+
+    def wrong(self) -> list[str]:
+        return [
+            f"{s.block}: {s.share:.2%} of spellings matched, fewer than 99 %: {s.reasons.most_common(3)}\n"
+            f"    python tests/properties/nightly.py replay spellings {s.missed[0]} --block {s.block}"
+            for s in self.shares.values()
+            if s.drawn and s.share < 0.99
+        ]
+
+
+class NearMisses:
+    def __init__(self, tally: dict[str, Any]) -> None:
+        self.known = _loaded(near_misses.Tally, tally)
+
+    def step(self, first: int, number: int) -> None:
+        near_misses.judge(first + number, self.known)
+
+    def tally(self) -> dict[str, Any]:
+        return _plain(self.known)
+
+    def lines(self) -> list[str]:
+        tally = self.known
+        roads = {road: tally.roads[road] for road in ("dynamo", "rewrite", "traced")}
+        return [
+            f"{tally.graphs:,} graphs: {roads['dynamo']:,} through Dynamo, {roads['rewrite']:,} through "
+            f"rewrite(), {roads['traced']:,} made of a traced graph. {tally.still_matched:,} of the latter "
+            f"two still matched something. {len(tally.wrong)} wrong.",
+            "",
+            f"Passes undone by an error: {len(tally.undone)}. Seeds of which no mutant could be drawn: "
+            f"{len(tally.undrawn)}.",
+            "",
+            "| change | graphs |",
+            "|---|---|",
+            *(f"| {kind} | {tally.kinds[kind]:,} |" for kind in CHANGES),
+            "",
+            "| mutants of | graphs | still matched (of those not through Dynamo) |",
+            "|---|---|---|",
+            *(f"| {name} | {count:,} | {tally.matched[name]:,} |" for name, count in tally.blocks.items()),
+        ]
+
+    def wrong(self) -> list[str]:
+        return [*self.known.wrong, *self.known.undone]
+
+
+class WholeGraphs:
+    def __init__(self, tally: dict[str, Any]) -> None:
+        self.known = _loaded(whole_graphs.Tally, tally)
+
+    def step(self, first: int, number: int) -> None:
+        whole_graphs.judge(first + number, self.known)
+
+    def tally(self) -> dict[str, Any]:
+        return _plain(self.known)
+
+    def lines(self) -> list[str]:
+        matched = ", ".join(f"{rule} {count:,}" for rule, count in self.known.matched.most_common())
+        programs, wrong = self.known.programs, len(self.known.wrong)
+        return [f"{programs:,} programs; matched: {matched or 'nothing'}; {wrong} wrong."]
+
+    def wrong(self) -> list[str]:
+        return self.known.wrong
+
+
+SUITES = {"spellings": Spellings, "near_misses": NearMisses, "whole_graphs": WholeGraphs}
+
+
+def run(suite: str, first: int, count: int, minutes: float, resume: bool = False) -> Result:
+    """The examples of a suite from a seed on, or from where an earlier run of the same ended."""
+    result, file = Result(suite, first, count), RESULTS / f"{suite}.json"
+    if resume and file.exists():
+        earlier = Result(**json.loads(file.read_text()))
+        if (earlier.first, bool(earlier.tally)) == (first, True):
+            result = replace(earlier, asked=count)
+    counted, before = SUITES[suite](result.tally), result.seconds
+    started = written = time.monotonic()
+    while result.done < count and time.monotonic() < started + minutes * 60:
+        counted.step(first, result.done)
         result.done += 1
-    result.lines = spelled_blocks.table(list(shares.values())).splitlines()
-    result.wrong = [
-        f"{s.block}: {s.share:.2%} of spellings matched, fewer than 99 %: {s.reasons.most_common(3)}\n"
-        f"    python tests/properties/nightly.py replay spellings {s.missed[0]} --block {s.block}"
-        for s in shares.values()
-        if s.drawn and s.share < 0.99
-    ]
-
-
-def _near_misses(result: Result, deadline: float) -> None:
-    tally = near_misses.Tally()
-    for seed in range(result.first, result.first + result.asked):
-        if time.monotonic() > deadline:
-            break
-        near_misses.judge(seed, tally)
-        result.done += 1
-    traced = tally.graphs - tally.through_dynamo
-    result.lines = [
-        f"{tally.graphs:,} graphs, {tally.through_dynamo:,} of them through Dynamo; of the other {traced:,}, "
-        f"{tally.still_matched:,} still matched something; {len(tally.wrong)} wrong.",
-        "",
-        f"Passes undone by an error: {len(tally.undone)}.",
-        "",
-        "| change | graphs |",
-        "|---|---|",
-        *(f"| {kind} | {tally.kinds[kind]:,} |" for kind in CHANGES),
-        "",
-        "| mutants of | graphs | still matched (of those not through Dynamo) |",
-        "|---|---|---|",
-        *(f"| {name} | {count:,} | {tally.matched[name]:,} |" for name, count in tally.blocks.items()),
-    ]
-    result.wrong = [*tally.wrong, *tally.undone]
-
-
-def _whole_graphs(result: Result, deadline: float) -> None:
-    tally = whole_graphs.Tally()
-    for seed in range(result.first, result.first + result.asked):
-        if time.monotonic() > deadline:
-            break
-        whole_graphs.judge(seed, tally)
-        result.done += 1
-    matched = ", ".join(f"{rule} {count:,}" for rule, count in tally.matched.most_common())
-    result.lines = [
-        f"{tally.programs:,} programs; matched: {matched or 'nothing'}; {len(tally.wrong)} wrong."
-    ]
-    result.wrong = tally.wrong
-
-
-SUITES = {"spellings": _spellings, "near_misses": _near_misses, "whole_graphs": _whole_graphs}
-
-
-def run(suite: str, first: int, count: int, minutes: float) -> Result:
-    result = Result(suite, first, count)
-    started = time.monotonic()
-    SUITES[suite](result, started + minutes * 60)
-    result.seconds = round(time.monotonic() - started, 1)
-    result.ended = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        if time.monotonic() > written + EVERY:
+            written = time.monotonic()
+            _keep(result, counted, before + written - started)
+    _keep(result, counted, before + time.monotonic() - started)
     return result
+
+
+def _keep(result: Result, counted: Spellings | NearMisses | WholeGraphs, seconds: float) -> None:
+    """Write down what is known; a run that is broken off can go on from there."""
+    result.seconds = round(seconds, 1)
+    result.ended = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    result.tally, result.lines, result.wrong = counted.tally(), counted.lines(), counted.wrong()
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    file = RESULTS / f"{result.suite}.json"
+    fresh = file.with_suffix(".part")
+    fresh.write_text(json.dumps(asdict(result), indent=1))
+    fresh.replace(file)
 
 
 def summary(results: list[Result]) -> str:
@@ -174,6 +234,7 @@ def main() -> int:
     running.add_argument("--count", type=int, help="examples of each suite")
     running.add_argument("--first", type=int, default=0, help="the first seed")
     running.add_argument("--minutes", type=float, default=600.0, help="for each suite")
+    running.add_argument("--resume", action="store_true", help="go on where a run from that seed ended")
     again = commands.add_parser("replay", help="show one example again")
     again.add_argument("suite", choices=SUITES)
     again.add_argument("seed", type=int)
@@ -191,10 +252,9 @@ def main() -> int:
         return 0
     wrong: Counter[str] = Counter()
     if arguments.command == "run":
-        RESULTS.mkdir(parents=True, exist_ok=True)
         for suite in arguments.suites or SUITES:
-            result = run(suite, arguments.first, arguments.count or COUNTS[suite], arguments.minutes)
-            (RESULTS / f"{suite}.json").write_text(json.dumps(asdict(result), indent=1))
+            count = arguments.count or COUNTS[suite]
+            result = run(suite, arguments.first, count, arguments.minutes, arguments.resume)
             print("\n".join([f"{suite}: {result.done} in {result.seconds} s", *result.lines, *result.wrong]))
             wrong[suite] = len(result.wrong)
     _write_table()

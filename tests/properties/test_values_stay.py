@@ -66,6 +66,16 @@ def gated_behind_a_write(x: Tensor) -> Tensor:
     return row * torch.sigmoid(gate) * 2
 
 
+def summed_up_in_place(x: Tensor) -> Tensor:
+    y = x.t().clone()
+    y.cumsum_(-1)
+    return y * 2
+
+
+def stored_by_out(x: Tensor) -> Tensor:
+    return torch.cumsum(x.t(), -1, out=torch.empty_like(x.t())) * 2
+
+
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     conjugated,
     compared_in_place,
@@ -78,6 +88,8 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
     strides_behind_a_product,
     strides_behind_a_cast,
     gated_behind_a_write,
+    summed_up_in_place,
+    stored_by_out,
 ]
 
 
@@ -150,3 +162,43 @@ def test_autocast_casts_what_it_casts_in_eager(how: str) -> None:
     torch.manual_seed(0)
     with torch.no_grad():
         check(Autocast(how), torch.randn(6, 4))
+
+
+class SwitchedAutocast(Beside):
+    def __init__(self) -> None:
+        super().__init__(lambda x: x)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        torch.set_autocast_enabled("cpu", True)
+        y = x @ x.t()
+        torch.set_autocast_enabled("cpu", False)
+        return y, self.q(x), self.k(x)
+
+
+def test_autocast_that_tracing_would_lose_leaves_the_graph_alone(caplog: pytest.LogCaptureFixture) -> None:
+    torch.manual_seed(0)
+    module, x = SwitchedAutocast().eval().requires_grad_(False), torch.randn(6, 4)
+    with torch.no_grad():
+        expected = module(x)
+        got = torch.compile(module, backend="fxfuse", options={"inner": "eager", "report": "off"})(x)
+    assert [y.dtype for y in got] == [y.dtype for y in expected] == [torch.bfloat16, *[torch.float32] * 2]
+    assert "is lost in tracing" in caplog.text
+
+
+class OneWeight(Beside):
+    """A norm with one weight for all channels, which the operator does not take."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda x: x)
+        self.w = nn.Parameter(torch.randn(1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6) * (1 + self.w)
+        return y * 2, self.q(x), self.k(x)
+
+
+def test_a_norm_that_no_operator_takes_is_reported_and_undoes_nothing() -> None:
+    with torch.no_grad():
+        rewritten = rewrite(OneWeight(), [torch.randn(6, 4)], target="cuda")
+    (reason,) = {miss.reason for miss in rewritten.report.misses if miss.rule == "rms_norm"}
+    assert reason.startswith("rms_norm takes x [..., H], weight [H]")

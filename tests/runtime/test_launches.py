@@ -98,8 +98,11 @@ def test_interleaved_projections_cost_no_launch() -> None:
 def test_a_mixture_of_experts_has_the_same_mixers_and_takes_what_torch_takes_to_route() -> None:
     report, blocks = decode_blocks(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, **WIDE, **EXPERTS)
     assert not report.misses
-    assert_few(blocks, {**MOST, "mlp": 21})
     (block,) = (block for block in blocks if block.kind == "mlp")
+    # transformers 5.17 zeroes the rows of experts elsewhere even where no expert is
+    masks = [launch for launch in block.launches if launch.names == ("masked_fill",)]
+    assert_few(blocks, {**MOST, "mlp": 21 + len(masks)})
+    assert len(masks) <= 1
     kernels = [name for launch in block.launches for name in launch.names if launch.kind != "inductor"]
     assert Counter(kernels)["_grouped_mm"] == 2 and Counter(kernels)["silu_mul"] == 2
 

@@ -63,7 +63,7 @@ def near_miss(
                 mutant.recompile()
                 # a call of the module itself would print what fails
                 with torch.no_grad(), _AttentionOverItsKeys():
-                    type(mutant).forward(mutant, *(x.clone() for x in inputs))
+                    type(mutant).forward(mutant, *copy.deepcopy(list(inputs)))
             except ImpossibleError:
                 break
             except Exception:  # the changed graph does not run: another one
@@ -98,5 +98,5 @@ def values_of(module: GraphModule, inputs: Sequence[Tensor]) -> dict[str, Any]:
     recorder.garbage_collect_values = False
     recorder.found = {}
     with torch.no_grad():
-        recorder.run(*(x.clone() for x in inputs))
+        recorder.run(*copy.deepcopy(list(inputs)))
     return recorder.found

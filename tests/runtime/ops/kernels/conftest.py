@@ -55,13 +55,16 @@ def make() -> Callable[..., Tensor]:
         order = torch.randperm(len(shape), generator=random).tolist() if below(2) else range(len(shape))
         steps = [1 + (below(4) == 0) for _ in shape]
         margins = [below(2) for _ in shape]
-        sizes = [shape[d] * steps[d] + margins[d] for d in order]
+        ends = [2 * below(2) for _ in shape]
+        sizes = [margins[d] + shape[d] * steps[d] + ends[d] for d in order]
         values = torch.randn(*sizes, generator=random) * scale
         values = values.to(dtype).to(DEVICE).permute(*torch.tensor(order).argsort().tolist())
-        slices = [slice(margins[d], None, steps[d]) for d in range(len(shape))]
+        slices = [slice(margins[d], margins[d] + shape[d] * steps[d], steps[d]) for d in range(len(shape))]
         view = values[tuple(slices)] if shape else values
         assert view.shape == shape
-        return view
+        drawn = view.clone()
+        values.fill_(torch.nan)  # an element that is read beyond the edges is seen
+        return view.copy_(drawn)
 
     return tensor
 
