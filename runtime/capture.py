@@ -120,7 +120,7 @@ class _Retracer(Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _UNRECORDED:
-            raise RuntimeError(f"torch.{target.__name__} is lost in tracing: write `with torch.autocast(...)`")
+            raise RuntimeError(f"torch.{target.__name__} is lost in tracing: use `with torch.autocast(...)`")
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()
