@@ -153,8 +153,11 @@ def _left_as_it_was(
 ) -> Callable[..., Any]:
     kinds = sorted({type(x).__name__ for x in inputs if is_traceable_wrapper_subclass(x)})
     reason = (
-        f"a graph runs as it was: its weights are of the tensor subclass {', '.join(kinds) or '(unknown)'}, "
+        f"a graph runs as it was: its weights are of the tensor subclass {', '.join(kinds)}, "
         "whose parts cannot be traced; load the model without that quantisation to have it rewritten"
+        if kinds
+        else "a graph runs as it was: a transform of torch.func makes tensors in it that cannot be traced; "
+        "compile the model itself, not the transformed function, to have it rewritten"
     )
     if options.strict:
         raise UnsupportedModelError(reason)

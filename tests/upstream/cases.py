@@ -518,6 +518,66 @@ MODELS: tuple[Row, ...] = (
 )
 
 
+OTHERS: tuple[Row, ...] = (
+    (
+        "pytorch#97909, #127173",
+        "a functional call computed with the module's own weights",
+        HERE + "pytorch_97909_and_127173_a_functional_call_computes_with_the_weights_it_is_given",
+    ),
+    (
+        "pytorch#136662",
+        "a write lost under torch.func.grad",
+        HERE + "pytorch_136662_writes_under_a_transform_of_functions",
+    ),
+    (
+        "pytorch#120958, #117496",
+        "attributes and numbers of the first call used for ever",
+        HERE + "pytorch_120958_and_117496_attributes_and_numbers_of_today_are_used",
+    ),
+    (
+        "pytorch#129362",
+        "assigned weights not seen",
+        LIVE + "the_state_dict_that_was_assigned_is_not_written_to",
+    ),
+    (
+        "transformers#42697",
+        "another implementation asked for, the old one run",
+        RUNNING + "transformers_42697_another_implementation_is_used_from_the_next_call_on",
+    ),
+    (
+        "transformers#46612",
+        "states not reordered with the beams",
+        "daily/test_generate.py::test_decoding_strategies_give_the_tokens_of_the_plain_model",
+    ),
+    (
+        "transformers#30351",
+        "a static cache that keeps its first prompt",
+        RUNNING + "transformers_46441_a_static_cache_starts_anew",
+    ),
+    (
+        "slime#1686, ms-swift#9618",
+        "bounds of documents given to the convolution and not to the delta rule",
+        OPS + "test_gated_delta_rule.py::test_packed_sequences_give_bit_for_bit_what_each_gives_alone",
+    ),
+    (
+        "maxtext#5295, rtp-llm#829",
+        "a convolution that reads padding into the first tokens",
+        RUNNING + "transformers_46773_padding_of_a_single_sequence_is_masked",
+    ),
+    (
+        "tokenspeed#80",
+        "every rank holds the whole, and the sum counts it twice",
+        RUNNING + "sglang_19070_what_the_ranks_compute_adds_up_to_the_whole",
+    ),
+    (
+        "torch.utils.swap_tensors",
+        "weights exchanged as a whole",
+        "not shown: refused by torch after the first call, since packed parameters are referred to weakly; "
+        "deoptimize first",
+    ),
+)
+
+
 def nodes(where: str) -> list[str]:
     """The tests that a row names."""
     return [word for word in where.split() if "::" in word]
@@ -534,7 +594,7 @@ def state(where: str) -> str:
 
 
 def page() -> str:
-    rows = (*GRAPHS, *MODELS)
+    rows = (*GRAPHS, *MODELS, *OTHERS)
     counts = {
         name: sum(state(where) == name for *_, where in rows)
         for name in ("tested", "impossible", "not shown")
@@ -547,7 +607,12 @@ def page() -> str:
         "",
         f"{len(rows)} rows: " + ", ".join(f"{count} {name}" for name, count in counts.items()) + ".",
     ]
-    for title, group in (("Graph rewriting", GRAPHS), ("Loading, numerics, padding, caches", MODELS)):
+    groups = (
+        ("Graph rewriting", GRAPHS),
+        ("Loading, numerics, padding, caches", MODELS),
+        ("Compilers, caches, ranks: further ones", OTHERS),
+    )
+    for title, group in groups:
         lines += ["", f"## {title}", "", "| source | what went wrong | state | test |", "|---|---|---|---|"]
         lines += [
             f"| {ref} | {what} | {state(where)} | {where.replace('::', ' ')} |" for ref, what, where in group

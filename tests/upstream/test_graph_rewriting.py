@@ -693,3 +693,72 @@ def test_pytorch_168373_compiling_anew_with_equal_options_compiles_nothing() -> 
             assert torch.equal(compiled(x), module(x))
             graphs.append(counters["stats"]["unique_graphs"])
     assert len(set(graphs)) == 1
+
+
+def test_pytorch_97909_and_127173_a_functional_call_computes_with_the_weights_it_is_given() -> None:
+    """Those of the module were used instead. They stay as they are, also packed."""
+    module, x = Three(lambda x, q, k, v: q + k * v).requires_grad_(False), integer_tensor((2, 5, H), 0)
+    plain = copy.deepcopy(module)
+    model = fxfuse.optimize(module, inner="eager", report="off")
+    with torch.no_grad():
+        assert torch.equal(model(x), plain(x))
+        for add in (1, 2):
+            given = {name: parameter + add for name, parameter in plain.named_parameters()}
+            kept = {name: tensor.clone() for name, tensor in given.items()}
+            expected = torch.func.functional_call(plain, given, (x,))
+            assert torch.equal(torch.func.functional_call(model, given, (x,)), expected)
+            assert all(torch.equal(given[name], tensor) for name, tensor in kept.items())
+            assert torch.equal(model(x), plain(x))
+        as_parameters = {name: nn.Parameter(p + 3) for name, p in plain.named_parameters()}
+        expected = torch.func.functional_call(plain, as_parameters, (x,))
+        assert torch.equal(torch.func.functional_call(model, as_parameters, (x,)), expected)
+        assert torch.equal(model(x), plain(x))
+        assert all(torch.equal(p, dict(plain.named_parameters())[n] + 3) for n, p in as_parameters.items())
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_pytorch_136662_writes_under_a_transform_of_functions(inner: str) -> None:
+    """Every second of two equal writes was lost in the gradient that torch.func.grad took."""
+
+    def twice(x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        y[:, 0] += x[:, 2].abs()
+        y[:, 0] += x[:, 2].abs()
+        return y.sum()
+
+    module = Three(lambda x, q, k, v: (q.add_(1) * k + v).sum(-1)).requires_grad_(False)
+
+    def each(xs: Tensor) -> Tensor:
+        return torch.vmap(torch.func.grad(lambda x: module(x[None])[0]))(xs)
+
+    x = integer_tensor((5, H), 0)
+    for function in (torch.func.grad(twice), each):
+        compiled = torch.compile(function, backend="fxfuse", options={"inner": inner, "report": "off"})
+        assert torch.equal(compiled(x), function(x))
+
+
+def test_pytorch_120958_and_117496_attributes_and_numbers_of_today_are_used() -> None:
+    """An attribute that changed after compiling, and a number given to a call, were those of the first."""
+
+    class Scaled(Three):
+        def __init__(self) -> None:
+            super().__init__(lambda x, q, k, v: q + k * v)
+            self.adapter: nn.Module | None = None
+            self.requires_grad_(False)
+
+        def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+            y = super().forward(x) * scale
+            return y if self.adapter is None else y + self.adapter(x)
+
+    module, x = Scaled(), integer_tensor((2, 5, H), 0)
+    plain = copy.deepcopy(module)
+    model = fxfuse.optimize(module, inner="eager", report="off")
+    adapter = integer_like_(nn.Linear(H, H, bias=False), seed=2).requires_grad_(False)
+    with torch.no_grad():
+        for scale in (1.0, 2.0, 0.5, 4.0):
+            assert torch.equal(model(x, scale=scale), plain(x, scale=scale))
+        before = model(x)
+        for given in (adapter, None):
+            model.adapter = plain.adapter = given
+            assert torch.equal(model(x), plain(x))
+            assert torch.equal(model(x), before) == (given is None)

@@ -153,6 +153,23 @@ def test_sglang_39139_weights_go_and_come_back_at_one_address(make_model: Make, 
 
 
 @pytest.mark.slow
+def test_transformers_42697_another_implementation_is_used_from_the_next_call_on(
+    make_model: Make, prompt: Tensor
+) -> None:
+    plain = make_model(seed=3)
+    model = fxfuse.optimize(copy.deepcopy(plain), inner="eager", report="off")
+    for name in ("sdpa", "eager", "sdpa"):
+        for each in (plain, model):
+            each.set_attn_implementation(name)
+        close(logits(model, prompt), logits(plain, prompt))
+        with torch.no_grad():
+            weights = [m(prompt, output_attentions=True).attentions for m in (plain, model)]
+        if name == "eager":
+            close(weights[1][0], weights[0][0])
+    assert model.optimization_report.calls >= 3
+
+
+@pytest.mark.slow
 def test_vllm_41384_adapters_of_stacked_experts_take_part(prompt: Tensor) -> None:
     """`target_parameters` computes the experts' weights at each call; they were dropped without a word."""
     peft = pytest.importorskip("peft")
