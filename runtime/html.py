@@ -27,6 +27,7 @@ td.count { text-align: right; white-space: nowrap; font-variant-numeric: tabular
 tr.missed { background: #b3590018; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
 .muted { opacity: .75; } .pair { display: flex; flex-wrap: wrap; gap: 2rem; align-items: flex-start; }
 figure, .wide { margin: 0; max-width: 100%; overflow-x: auto; }
+.wide code { white-space: nowrap; }
 figcaption { font-weight: 600; padding: .3rem 0; }
 svg { display: block; } svg .detail { font-size: 10px; opacity: .8; }
 svg text { font: 12px ui-monospace, monospace; text-anchor: middle; fill: currentColor; }

@@ -194,6 +194,15 @@ def test_the_page_has_the_table_and_both_sides_of_each_kind_of_block(
     assert sorted(labels) == sorted(f"{b}, {p}, {s}" for b, p in drawn for s in ("before", "after"))
 
 
+def test_what_is_wider_than_a_window_is_scrolled_by_itself(tmp_path: Path) -> None:
+    report = fxfuse.explain(Gated(), inputs={"x": torch.randn(2, 8)}, inner="eager")
+    text = report.to_html(tmp_path / "x.html").read_text(encoding="utf-8")
+    assert re.search(r"figure, \.wide \{[^}]*overflow-x: auto", text)
+    assert text.count("<table>") == text.count('<div class="wide"><table>') == 2
+    assert text.count("<svg ") == len(re.findall(r"<figure[^>]*><figcaption>[^<]*</figcaption><svg ", text))
+    assert not re.search(r"svg \{[^}]*max-width", text)  # shrunk to a telephone nobody could read it
+
+
 def test_what_a_rewrite_replaced_is_marked_on_both_sides(page: tuple[fxfuse.Report, Page]) -> None:
     pictures = {p.block: p for p in page[0].graphs[0].pictures}
     for block, members in (("linear_attn", 4), ("self_attn", 3), ("mlp", 2)):
