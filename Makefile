@@ -89,8 +89,13 @@ EXTRAS = adapters value_head trainers quantised_libraries processors
 test-extras: $(STAMP_EXTRAS)  ## the tests that need third-party libraries (PEFT, TRL, bitsandbytes, ...)
 	$(VENV_EXTRAS)/bin/python -m pytest $(EXTRAS:%=tests/daily/test_%.py) $(ARGS)
 
-test-gpu: $(NEEDS)  ## the tests that need a CUDA device
-	$(RUN) -m pytest -m gpu $(ARGS)
+# Each shape that a test draws is compiled anew, so there are many processes for one device.
+GPU_JOBS ?= 8
+
+test-gpu: $(NEEDS)  ## the tests that need a CUDA device, in GPU_JOBS processes
+	@$(RUN) -c "import sys, torch; torch.cuda.is_available() or sys.exit(f'make test-gpu: torch {torch.__version__} sees no CUDA device; name an environment whose torch does: make test-gpu PY=/path/to/python')"
+	$(RUN) -c "import torch, triton, transformers; print(torch.cuda.get_device_name(), torch.__version__, triton.__version__, transformers.__version__)"
+	timeout --signal=INT 3600 $(RUN) -m pytest -m gpu $(if $(filter-out 0 1,$(GPU_JOBS)),-n $(GPU_JOBS) --dist load) --durations=10 $(ARGS)
 
 lint: $(NEEDS)  ## ruff: rules and format
 	$(RUN) -m ruff check .
