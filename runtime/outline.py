@@ -18,7 +18,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_leaves
 
-from fxfuse.passes.storage_writes import storage_of
+from fxfuse.passes.storage_writes import storage_of, storages, written_by
 from fxfuse.patterns import ops
 
 # What a compiled piece can be given: a list of tensors, say, cannot cross a boundary.
@@ -113,14 +113,34 @@ def repeats(graph_module: GraphModule) -> bool:
 
 
 def cut(graph_module: GraphModule, looks: Callable[[Node], str] = lambda placeholder: "") -> list[Piece]:
-    """The graph at its layers; as one piece where something else than `CARRIED` would cross a boundary.
+    """The graph at its layers; as one piece where something would cross a boundary that cannot.
 
+    That is everything but `CARRIED`, and values that share memory with another input of a piece which writes
+    to it: AOTAutograd calls such a function by the tensor that both are views of, which is another one here.
     `looks` adds to the structure what else distinguishes an input of the graph.
     """
     pieces = [piece_of(graph_module, run, looks) for run in segments(graph_module.graph)]
-    if any(not isinstance(value_of(n), CARRIED) for piece in pieces for n in piece.inputs):
+    carried = all(isinstance(value_of(n), CARRIED) for piece in pieces for n in piece.inputs)
+    if not carried or any(map(_may_write_to_shared_memory, pieces)):
         return [piece_of(graph_module, [n for n in graph_module.graph.nodes if n.op in CALLS], looks)]
     return pieces
+
+
+def _may_write_to_shared_memory(piece: Piece) -> bool:
+    """Whether a computed input shares memory with another one that may be written to: Dynamo does not say."""
+    readers: dict[int, list[Node]] = {}
+    for node in piece.inputs:
+        for storage in storages(value_of(node)):
+            readers.setdefault(storage, []).append(node)
+    shared = {
+        storage
+        for storage, nodes in readers.items()
+        if len(nodes) > 1 and any(node.op != "placeholder" for node in nodes)
+    }
+    if not shared or any("val" not in node.meta for node in piece.inputs):
+        return bool(shared)
+    written = (storage_of(n) for node in piece.graph_module.graph.nodes for n in written_by(node))
+    return not shared.isdisjoint(written)
 
 
 def piece_of(program: GraphModule, run: Sequence[Node], looks: Callable[[Node], str]) -> Piece:

@@ -12,6 +12,8 @@ from torch.fx import GraphModule
 
 import fxfuse
 from fxfuse.passes import pipeline
+from fxfuse.passes.outcome import Outcome
+from fxfuse.passes.pipeline import Pass
 from fxfuse.runtime import backend, capture, inner
 from fxfuse.runtime.backend import Session
 from fxfuse.runtime.optimize import optimization_report
@@ -164,27 +166,55 @@ def test_each_distinct_layer_is_traced_once(monkeypatch: pytest.MonkeyPatch) -> 
     assert len(traced) == 2 + 1  # the layers, what follows them, and the whole to compare with
 
 
+def state_and_its_view(layer: Any, x: Tensor, state: Any) -> Any:
+    full, row = state if isinstance(state, tuple) else (state, state[:1])
+    row.add_(1)
+    return gated(layer, x + full, None)[0], (full, full[:1])
+
+
+def computed_and_its_view(layer: Any, x: Tensor, state: Any) -> Any:
+    whole, turned = state if isinstance(state, tuple) else (x * 2, (x * 2).t())
+    whole.add_(1)
+    y = gated(layer, whole + 1, None)[0]
+    return y + turned.t(), (y, y.t())
+
+
+@pytest.mark.parametrize("step", [state_and_its_view, computed_and_its_view])
+def test_views_that_cross_beside_what_they_show_keep_the_graph_whole(step: Callable[..., Any]) -> None:
+    captured = compared(integers(Stack(step, 5)), torch.arange(8.0).reshape(2, 4), torch.zeros(2, 4))
+    assert len(captured.by_layer[0].uses) == 1
+
+
 def test_a_view_of_the_state_crosses_into_the_next_layer_which_writes_to_it() -> None:
     def step(layer: Any, x: Tensor, state: Any) -> Any:
-        row = state[0]  # read in the next layer after its write
+        row = state[0]
         state.add_(1)
         return gated(layer, x + row, None)[0], state.view(2, 4)
 
-    captured = compared(integers(Stack(step)), torch.arange(8.0).reshape(2, 4), torch.zeros(2, 4))
-    assert len(captured.by_layer[0].uses) == 4
-
-
-def test_a_computed_value_and_its_view_cross_together() -> None:
-    def step(layer: Any, x: Tensor, state: Any) -> Any:
-        if state is None:
-            state = (x * 2, (x * 2).t())
-        whole, turned = state
-        whole.add_(1)
-        y = gated(layer, whole + 1, None)[0]
-        return y + turned.t(), (y, y.t())
-
-    captured = compared(integers(Stack(step, 5)), torch.arange(8.0).reshape(2, 4))
+    captured = compared(integers(Stack(step, 5)), torch.arange(8.0).reshape(2, 4), torch.zeros(2, 4))
     assert len(captured.by_layer[0].uses) == 6
+
+
+def test_a_view_crosses_alone() -> None:
+    def step(layer: Any, x: Tensor, state: Any) -> Any:
+        return gated(layer, x.t(), None)[0].t(), state
+
+    stack = integers(Stack(step, 5))
+    captured = compared(stack, torch.arange(8.0).reshape(2, 4).t())
+    assert len(captured.by_layer[0].uses) == 6 and len(captured.by_layer[0].parts()) == 2
+
+
+@pytest.mark.inductor
+@pytest.mark.parametrize("across_layers", [False, True])
+def test_a_state_that_layers_write_to_by_a_view_is_right_under_inductor(across_layers: bool) -> None:
+    stack = integers(Stack(state_and_its_view, 3)).requires_grad_(False)
+    x, states = torch.arange(8.0).reshape(2, 4), [torch.ones(2, 4) for _ in range(2)]
+    with torch.no_grad():
+        expected = stack(x, states[0])
+        wide = [Pass("wide", lambda program: Outcome())] if across_layers else []
+        fxfuse.optimize(stack, report="off", passes=["default", *wide])
+        got = stack(x, states[1])
+    assert torch.equal(got[0], expected[0]) and torch.equal(*states)
 
 
 def test_a_layer_of_another_structure_is_a_part_of_its_own() -> None:
