@@ -261,9 +261,10 @@ class Rewriting:
     ) -> Callable[..., Any]:
         """A callable for the graph, which takes the added inputs after its own."""
         if not self._pieces:
-            rewritten = self.uses[0].part.rewritten
-            added = [node.meta["val"] for node in rewritten.placeholders()[len(self._inputs) :]]
-            return compile_graph(rewritten.graph_module, [*self._inputs, *added])
+            whole = self.uses[0].part
+            return compile_graph(
+                whole.rewritten.graph_module, [*self._inputs, *_added(whole, len(self._inputs))]
+            )
         made: list[tuple[Part, Callable[..., Any]]] = []
         calls = []
         for piece, use in zip(self._pieces, self.uses, strict=True):
@@ -271,8 +272,9 @@ class Rewriting:
             call = next((c for p, c in made if p is use.part and outline.serves(_piece(p), piece)), None)
             if call is None:
                 part = use.part if use.part.piece is piece else self._part(piece)
-                values = [node.meta["val"] for node in part.rewritten.placeholders()]
-                call = compile_graph(part.rewritten.graph_module, values)
+                # not those of the traced placeholders, which forget whether they require gradients
+                own = [self._fakes.of(node) for node in piece.inputs]
+                call = compile_graph(part.rewritten.graph_module, [*own, *_added(part, len(own))])
                 if part is use.part:
                     made.append((part, call))
             calls.append(call)
@@ -306,6 +308,11 @@ def _read_by_linears_of_several(pieces: Sequence[Piece]) -> bool:
             if linear and readers.setdefault(node, i) != i:
                 return True
     return False
+
+
+def _added(part: Part, own: int) -> list[Any]:
+    """The values of the inputs that passes have added to a part, after its own."""
+    return [node.meta["val"] for node in part.rewritten.placeholders()[own:]]
 
 
 def _piece(part: Part) -> Piece:

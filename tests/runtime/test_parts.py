@@ -280,18 +280,35 @@ def test_layers_with_the_same_parameters_share_one_stack() -> None:
     assert by_layer.plan().digest == whole.plan().digest
 
 
-def test_gradients_cross_from_part_to_part() -> None:
-    stack = Stack(plain).double()
+def low_rank(layer: Any, x: Tensor, state: Any) -> Any:
+    return plain(layer, x, state)[0] + (x @ layer.a.t()) @ layer.b.t(), state
+
+
+@pytest.mark.parametrize("across_layers", [False, True])
+@pytest.mark.parametrize(
+    "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+)
+def test_gradients_cross_from_layer_to_layer(inner: str, across_layers: bool) -> None:
+    """Of adapters beside frozen linears, which are merged, and of the input."""
+    stack = Stack(low_rank).double().requires_grad_(False)
+    for layer in stack.layers:
+        layer.a = nn.Parameter(torch.randn(2, 4, dtype=torch.float64))
+        layer.b = nn.Parameter(torch.randn(4, 2, dtype=torch.float64))
+    own = copy.deepcopy(stack)
     x = torch.randn(3, 4, dtype=torch.float64)
-    stack(x)[0].square().sum().backward()
-    expected = {name: p.grad.clone() for name, p in stack.named_parameters()}
-    stack.zero_grad()
-    fxfuse.optimize(stack, inner="aot_eager", report="off")
-    stack(x)[0].square().sum().backward()
-    report = optimization_report(stack)
-    assert report is not None and report.calls == 1 and not report.failures
-    for name, p in stack.named_parameters():
-        torch.testing.assert_close(p.grad, expected[name], rtol=1e-12, atol=1e-12)
+    wide = [Pass("wide", lambda program: Outcome())] if across_layers else []
+    fxfuse.optimize(own, inner=inner, report="off", passes=["default", *wide])
+    gradients = []
+    for model in (stack, own):
+        given = x.clone().requires_grad_()
+        model(given)[0].square().sum().backward()
+        adapters = [p.grad for p in model.parameters() if p.requires_grad]
+        assert len(adapters) == 6
+        gradients.append([given.grad, *adapters])
+    for got, expected in zip(*gradients[::-1], strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+    report = optimization_report(own)
+    assert report is not None and report.calls == 1 and report.matched == 3 and not report.failures
 
 
 def test_layers_of_caches_of_other_lengths_share_a_part_and_stay_right() -> None:
