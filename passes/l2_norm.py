@@ -15,7 +15,7 @@ from torch.fx import Node
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import Guards, Refused, behind, erase
+from fxfuse.passes.regions import Guards, Refused, behind, erase, read_by
 from fxfuse.passes.storage_writes import equal_sizes
 from fxfuse.patterns import idioms, readings
 from fxfuse.patterns.matcher import Bound, matches
@@ -48,6 +48,10 @@ def _accepted(guards: Guards, judge: Judge, rule: Node, bound: Sequence[Bound]) 
         if guards.writes.version(each["x"], node) != guards.writes.version(each["x"], rule):
             raise Refused(node, f"{each['x'].name} is written before the rule reads it")
     region = behind(normed, set(sources))
+    read = read_by(region)
+    unread = next((source for source in sources if source not in read), None)
+    if unread is not None:
+        raise Refused(rule, f"{unread.name} is read by nothing but what the other is computed from")
     reason = guards.reason(region, normed, {normed[0].meta["val"].dtype, torch.float32})
     if reason is not None:
         raise Refused(*reason)

@@ -237,11 +237,12 @@ def _become_linear(node: Node, x: Node, weight: Node, bias: Node | None) -> None
 
 
 def _has_rows_of(values: dict[Node, Tensor | None], node: Node, x: Node, weight: Node) -> bool:
-    """Whether a product has the sizes of linear(x, weight): no batch of the weight's own."""
+    """Whether a product has the sizes of linear(x, weight): no batch of its own, no column repeated."""
     own, rows, features = values[node], values[x], values[weight]
     if own is None or rows is None or features is None:
         return False
-    return equal_sizes(own.shape, (*rows.shape[:-1], features.shape[0]))
+    contracted = (rows.shape[-1], features.shape[1])
+    return equal_sizes((*own.shape, contracted[0]), (*rows.shape[:-1], features.shape[0], contracted[1]))
 
 
 def _biased(

@@ -45,6 +45,10 @@ def _one_line(ctx: Any) -> Iterator[None]:
         _leave(str(error), 2, error)
     except UsageError as error:
         _leave(f"{error.format_message()} See: {(error.ctx or ctx).command_path} --help", 2, error)
+    except ImportError as error:
+        if ctx.params.get("debug"):
+            raise
+        _leave(f"a package cannot be imported; install or mend it, --debug shows which: {error}", 2, error)
     except BrokenPipeError:  # as of `| head`, which is no error
         raise
     except OSError as error:

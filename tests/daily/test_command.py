@@ -172,6 +172,13 @@ def test_a_wrong_argument_is_one_line_with_the_next_step(arguments: list[str], s
     assert says in err and ("--help" in err or "create it" in err)
 
 
+def test_a_package_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fxfuse.runtime.convert", None)
+    code, out, err = run("verify", "a", "b")
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert "install or mend it" in err and "fxfuse.runtime.convert" in err
+
+
 def test_an_interrupt_is_one_line_and_the_shells_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
     from fxfuse.runtime import convert
 

@@ -133,11 +133,11 @@ class UsedWhole(GroupedProjection):
 
 class Written(GroupedProjection):
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        q, k, v, z, b, a = self.pieces(x)
+        *_, z, b, a = self.pieces(x)
         grouped = self.qkvz(x).view(*x.shape[:-1], self.sizes[0], -1)
-        q = grouped.narrow(-1, 0, self.sizes[2])
-        q.mul_(2)
-        mixed = torch.cat([t.reshape(*x.shape[:-1], -1) for t in (q, k, v)], dim=-1)
+        grouped.narrow(-1, 0, self.sizes[2]).mul_(2)
+        parts = (grouped.narrow(-1, start, self.sizes[2]) for start in (0, self.sizes[2]))
+        mixed = torch.cat([t.reshape(*x.shape[:-1], -1) for t in parts], dim=-1)
         return mixed * 2, z + 1, b + 1, a + grouped.sum()
 
 
@@ -148,7 +148,8 @@ class Written(GroupedProjection):
 def test_a_near_miss_is_left_alone_with_its_reason(kind: type, weights: str, reason: str) -> None:
     module = integer_like_(kind(), seed=7)
     result = rewritten(module, weights=weights)
-    assert any(reason in miss.reason for miss in result.report.misses)
+    own = [miss.reason for miss in result.report.misses if miss.rule == "layout_chains"]
+    assert any(reason in each for each in own), own
     exact(module, result, (2, 5, H))
 
 

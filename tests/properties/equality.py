@@ -13,7 +13,12 @@ TOLERANCE = 2e-5
 
 
 def difference(
-    original: Callable[..., Any], rewritten: Callable[..., Any], inputs: Sequence[Tensor], *, exact: bool
+    original: Callable[..., Any],
+    rewritten: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    *,
+    exact: bool,
+    tolerance: float = TOLERANCE,
 ) -> str | None:
     """How the two differ on copies of the inputs, None where they agree."""
     theirs, ours = copy.deepcopy(list(inputs)), copy.deepcopy(list(inputs))
@@ -21,7 +26,7 @@ def difference(
         expected, got = original(*theirs), rewritten(*ours)
     leaves = list(zip(tree_leaves((expected, theirs)), tree_leaves((got, ours)), strict=True))
     for number, (e, g) in enumerate(leaves):
-        why = _leaf(e, g, exact)
+        why = _leaf(e, g, exact, tolerance)
         if why is not None:
             return f"output {number} (inputs follow the outputs): {why}"
     return None
@@ -32,7 +37,7 @@ def _strides(x: Tensor) -> list[int]:
     return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1 and x.numel()]
 
 
-def _leaf(expected: Any, got: Any, exact: bool) -> str | None:
+def _leaf(expected: Any, got: Any, exact: bool, tolerance: float) -> str | None:
     if not isinstance(expected, Tensor):
         return None if expected == got else f"{got} instead of {expected}"
     for name in ("dtype", "shape"):
@@ -45,6 +50,6 @@ def _leaf(expected: Any, got: Any, exact: bool) -> str | None:
         return f"{int((expected != got).sum())} of {expected.numel()} elements differ"
     if not exact and expected.is_floating_point():
         scale = expected.nan_to_num(0, 0, 0).abs().max() if expected.numel() else 1.0
-        if not torch.allclose(expected, got, rtol=0, atol=float(scale) * TOLERANCE, equal_nan=True):
+        if not torch.allclose(expected, got, rtol=0, atol=float(scale) * tolerance, equal_nan=True):
             return f"largest difference {float((expected - got).abs().max()):.3g} at scale {float(scale):.3g}"
     return None

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import traced_mutants
-from equality import difference
+from equality import TOLERANCE, difference
 from spelled_blocks import SHIPPED, spelled
 from torch import Tensor
 from torch.fx import GraphModule
@@ -30,6 +30,8 @@ DYNAMO_EVERY = 10
 REWRITE_EVERY = 20
 # Mutants of one graph: to write it and to trace it costs as much as to rewrite it.
 MUTANTS_EACH = 16
+# Under autocast results are rounded, and what is summed in another order may be rounded the other way.
+BF16 = 2.0**-6
 # These few graphs allow; in half of the draws they come first.
 SELDOM = (
     "a permuted cat",
@@ -175,7 +177,8 @@ def _judge(seed: int, tally: Tally, passes: tuple[str, ...] | None) -> None:
     tally.roads[road] += 1
     tally.kinds[mutant.kind] += 1
     tally.blocks[name] += 1
-    exact = BLOCKS[name].exact
+    limits: Any = {"exact": BLOCKS[name].exact}
+    limits["tolerance"] = BF16 if mutant.kind == "an autocast region" else TOLERANCE
     what = f"{name}, {mutant.kind} ({mutant.change})"
     again = f"    python tests/properties/nightly.py replay near_misses {seed}"
     misses: list[Miss] = []
@@ -183,19 +186,19 @@ def _judge(seed: int, tally: Tally, passes: tuple[str, ...] | None) -> None:
         outcomes, before, after = traced_mutants.rewritten(mutant, pipeline.selected(chosen, "eager"))
         tally.matched[name] += any(outcome.matches for outcome in outcomes.values())
         misses = [miss for outcome in outcomes.values() for miss in outcome.misses]
-        why = difference(before, after, mutant.tensors, exact=exact)
+        why = difference(before, after, mutant.tensors, **limits)
     elif road == "rewrite":
         weights = "copy" if seed % 3 == 0 else "auto"
         rewritten = rewrite(mutant.module, inputs, passes=chosen, weights=weights, dynamic=False)
         tally.matched[name] += bool(rewritten.report.matched)
         misses = rewritten.report.misses
-        why = difference(mutant.module, rewritten.graph_module, inputs, exact=exact)
+        why = difference(mutant.module, rewritten.graph_module, inputs, **limits)
     else:
         torch._dynamo.reset()
         options = {"inner": "eager", "passes": chosen, "report": "off"}
         own = copy.deepcopy(mutant.module)  # a mutant may write to its weights
         compiled = torch.compile(own, backend="fxfuse", options=options, dynamic=False)
-        why = difference(mutant.module, compiled, inputs, exact=exact)
+        why = difference(mutant.module, compiled, inputs, **limits)
     undone = [miss.reason for miss in misses if "undone" in miss.reason]
     tally.undone += [f"{what}: {reason}\n{again}" for reason in undone]
     if why is not None:

@@ -88,6 +88,7 @@ CASES: dict[str, Callable[..., Any]] = {
     "sum that others read": lambda x, w, b: (lambda y: (y + b, y * 2))(x @ w.t()),
     "scaled bias": lambda x, w, b: torch.add(x @ w.t(), b, alpha=3),
     "einsum into another order": lambda x, w, b: torch.einsum("bti,oi->bot", x, w),
+    "einsum that repeats a column": lambda x, w, b: torch.einsum("bti,oi->bto", x[..., :1], w),
     "einsum that sums rows": lambda x, w, b: torch.einsum("bti,oi->bo", x, w),
     "einsum over the rows of w": lambda x, w, b: torch.einsum("bto,oi->bti", x[..., :4], w),
     "x + 2": lambda x, w, b: (x + 2) @ w.t(),

@@ -202,3 +202,22 @@ def test_a_norm_that_no_operator_takes_is_reported_and_undoes_nothing() -> None:
         rewritten = rewrite(OneWeight(), [torch.randn(6, 4)], target="cuda")
     (reason,) = {miss.reason for miss in rewritten.report.misses if miss.rule == "rms_norm"}
     assert reason.startswith("rms_norm takes x [..., H], weight [H]")
+
+
+class NormOfANorm(Beside):
+    """The key of a delta rule is the norm of its query's norm."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        rows = x.reshape(1, 6, 2, 2)
+        q = rows * torch.rsqrt((rows * rows).sum(-1, keepdim=True) + 1e-6)
+        k = q * torch.rsqrt((q * q).sum(-1, keepdim=True) + 1e-6)
+        gate = x.reshape(1, 6, 2, 2)[..., 0]
+        y = torch.ops.fxfuse.chunk_gated_delta_rule(q, k, rows, -gate.abs(), gate.sigmoid(), None, False)[0]
+        return y * 2, self.q(x), self.k(x)
+
+
+def test_a_norm_that_is_computed_from_the_other_undoes_nothing() -> None:
+    with torch.no_grad():
+        rewritten = rewrite(NormOfANorm(lambda x: x), [torch.randn(6, 4)], target="cuda")
+    (reason,) = {miss.reason for miss in rewritten.report.misses if miss.rule == "l2_norm"}
+    assert reason.endswith("is read by nothing but what the other is computed from")

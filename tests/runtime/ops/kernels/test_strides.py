@@ -1,6 +1,9 @@
-"""Tensors over more than 2^31 elements of memory, in every dimension: offsets are counted in 64 bits."""
+"""Strides of every operator: of more than 2^31 elements of memory, and of zero.
 
-from collections.abc import Callable
+Offsets are counted in 64 bits, whatever dimension is far apart; an expanded tensor is read where it is.
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ Spread = Callable[[Tensor, int], Tensor]
 
 
 @pytest.fixture()
-def spread(tmp_path: Path) -> Spread:
+def spread(tmp_path: Path) -> Iterator[Spread]:
     """spread(x, d): the values of x [..], the last along dimension d 2^31 elements behind the first.
 
     What is between takes no memory on a CPU: the elements are those of a sparse file.
@@ -60,7 +63,8 @@ def spread(tmp_path: Path) -> Spread:
         far = room(last + 1, near).as_strided(x.shape, strides)
         return far.copy_(near)
 
-    return spread_out
+    yield spread_out
+    torch.cuda.empty_cache()  # gigabytes each, and several processes may share the device
 
 
 def given(make: Any, name: str) -> list[Any]:
@@ -127,3 +131,27 @@ def test_far_apart_is_the_same_as_side_by_side(make: Any, spread: Spread, name: 
     expected, got = (x if isinstance(x, tuple) else (x,) for x in (expected, got))
     assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
     assert all(torch.equal(x, y) for x, y in zip(near, far, strict=True) if isinstance(x, Tensor))
+
+
+WRITTEN = {
+    "causal_conv1d_update": (1,),
+    "recurrent_gated_delta_rule": (5,),
+    "qk_norm_rope": (7, 8),
+    "qk_norm_rope_gate": (7, 8),
+    "gdn_decode": (6, 12),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_expanded_is_the_same_as_repeated(make: Any, name: str) -> None:
+    """All dimensions but the last of what is read alone have a stride of zero."""
+    repeated = given(make, name)
+    for i, x in enumerate(repeated):
+        if isinstance(x, Tensor) and x.is_floating_point() and i not in WRITTEN.get(name, ()):
+            repeated[i] = x[(slice(0, 1),) * (x.dim() - 1)].expand_as(x)
+    dense = [x.clone(memory_format=torch.contiguous_format) if isinstance(x, Tensor) else x for x in repeated]
+    assert sum(0 in x.stride() for x in repeated if isinstance(x, Tensor)) >= 1
+    expected, got = LAUNCHES[name](*dense), LAUNCHES[name](*repeated)
+    expected, got = (x if isinstance(x, tuple) else (x,) for x in (expected, got))
+    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(dense, repeated, strict=True) if isinstance(x, Tensor))
