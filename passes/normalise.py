@@ -172,9 +172,15 @@ def _fold_identities(program: Program) -> None:
     """to(x, x.dtype) -> x, alias(x) -> x: where the result is the very memory of the input."""
     for node in program.calls(*ops.MAYBE_IDENTITY):
         source = node.args[0]
-        if isinstance(source, Node) and same_memory(node, source):
+        if isinstance(source, Node) and _is_the_same(program, node, source):
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
+
+
+def _is_the_same(program: Program, node: Node, other: Node) -> bool:
+    """Whether one may stand for the other: the same memory, and for gradients the same history."""
+    detached = program.grad_enabled and ops.DETACH in (str(node.target), str(other.target))
+    return not detached and same_memory(node, other)
 
 
 def _hands_on_memory(node: Node) -> bool:
@@ -197,7 +203,7 @@ def _one_view_of_each(program: Program) -> None:
         if not isinstance(source, Node) or writes.is_written(node) or output in node.users:
             continue
         base = bases[node] = bases.get(source, source)
-        same = next((other for other in (base, *views[base]) if same_memory(node, other)), None)
+        same = next((other for other in (base, *views[base]) if _is_the_same(program, node, other)), None)
         if same is None:
             views[base].append(node)
         else:
@@ -209,7 +215,7 @@ def _writes_to_the_base(program: Program) -> None:
     for node in program.graph.nodes:
         for place in written_by(node):
             base = place.args[0] if _hands_on_memory(place) else None
-            if isinstance(base, Node) and same_memory(place, base):
+            if isinstance(base, Node) and _is_the_same(program, place, base):
                 node.replace_input_with(place, base)
 
 

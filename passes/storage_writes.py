@@ -23,9 +23,13 @@ def storage_of(node: Node) -> int | None:
 
 
 def storages(value: Any) -> set[int]:
-    """The identities of the memory of a tensor, or of those in a list."""
+    """The identities of the memory of a tensor, or of those in a list; tensors of a transform have none."""
     values = value if isinstance(value, (list, tuple)) else [value]
-    return {v.untyped_storage()._cdata for v in values if isinstance(v, torch.Tensor)}
+    return {
+        v.untyped_storage()._cdata
+        for v in values
+        if isinstance(v, torch.Tensor) and not torch._C._functorch.is_functorch_wrapped_tensor(v)
+    }
 
 
 def same_layout(value: Any, other: Any) -> bool:

@@ -1,6 +1,7 @@
 """Which operators play which part, by name, in the normal form (pre-dispatch ATen)."""
 
 LINEAR = "aten.linear.default"
+DETACH = "aten.detach.default"
 CAT = "aten.cat.default"
 
 # Operators that are others by another name, with the same arguments.

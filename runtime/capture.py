@@ -142,8 +142,12 @@ class _Retracer(Interpreter):
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
     run = make_fx(lambda *args: _Retracer(graph_module).run(*args), pre_dispatch=True)
-    with preserve_node_meta(), mode_of(fakes) or nullcontext():
-        return run(*fakes)
+    depth = torch._C._functorch.get_dynamic_layer_stack_depth()
+    try:
+        with preserve_node_meta(), mode_of(fakes) or nullcontext():
+            return run(*fakes)
+    finally:  # where it raises, transforms of torch.func that the graph has entered are still open
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def carry_over(traced: GraphModule, original: GraphModule) -> None:

@@ -80,8 +80,23 @@ def kernels_compiled_beside() -> Iterator[None]:
             yield
         finally:
             AsyncCompile.wait = at_once  # type: ignore[method-assign]
-            for compiler, scope in waiting:
-                compiler.wait(scope)
+            failures = [error for each in waiting if (error := _failure(*each)) is not None]
+        if failures:
+            raise failures[0]
+
+
+def _failure(compiler: Any, scope: dict[str, Any]) -> Exception | None:
+    """Wait for the kernels of some loaded code; where one does not compile, nobody loads that code again."""
+    from torch._inductor.codecache import PyCodeCache
+
+    try:
+        compiler.wait(scope)
+    except Exception as error:
+        kept = PyCodeCache.modules_no_attr
+        for path in [path for path, module in kept.items() if vars(module) is scope]:
+            del kept[path]
+        return error
+    return None
 
 
 def _inductor(

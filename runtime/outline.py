@@ -195,13 +195,13 @@ def _sizes_of(run: Sequence[Node], read: Iterable[Node]) -> list[Node]:
 def _structure(graph: Graph, program: GraphModule) -> str:
     """Everything that a compilation depends on: operators, arguments, and how the inputs look and alias."""
     number: dict[Node, str] = {}
-    storages: dict[int, int] = {}
+    numbers: dict[int, int] = {}
     lines = []
     for i, node in enumerate(graph.nodes):
         number[node] = f"%{i}"
         args = map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda n: _Name(number[n]))
         if node.op == "placeholder":
-            lines.append(f"{number[node]} {_look(value_of(node), storages)}")
+            lines.append(f"{number[node]} {_look(value_of(node), numbers)}")
         elif node.op == "get_attr":
             lines.append(f"{number[node]} constant {_content(_attribute(program, node.target))}")
         else:
@@ -217,10 +217,10 @@ class _Name(str):
         return str(self)
 
 
-def _look(value: Any, storages: dict[int, int]) -> str:
+def _look(value: Any, numbers: dict[int, int]) -> str:
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {value}"
-    memory = storages.setdefault(value.untyped_storage()._cdata, len(storages))
+    memory = numbers.setdefault(next(iter(storages(value)), id(value)), len(numbers))
     return (
         f"{value.dtype} {value.device} {tuple(value.shape)} {value.stride()} {value.storage_offset()} "
         f"{value.requires_grad} {value.is_conj()} {value.is_neg()} @{memory}"

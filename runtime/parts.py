@@ -284,10 +284,15 @@ class Rewriting:
 def _can_be_cut(graph_module: GraphModule) -> bool:
     """Whether every call has its effect on values alone, not on the calls of other pieces."""
     for node in graph_module.graph.nodes:
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        if name in REMADE or name == "_set_grad_enabled":
+        if _called(node) in REMADE or _called(node) == "_set_grad_enabled":
             return False
     return True
+
+
+def _called(node: Node) -> str:
+    """The name of the method, function or operator that a node calls."""
+    target = getattr(node.target, "overloadpacket", node.target)
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
 def _crossed_by_unknown_sizes(pieces: Sequence[Piece]) -> bool:
@@ -300,11 +305,7 @@ def _read_by_linears_of_several(pieces: Sequence[Piece]) -> bool:
     for i, piece in enumerate(pieces):
         inner = capture.placeholders(piece.graph_module)
         for node, copied in zip(piece.inputs, inner, strict=True):
-            names = [getattr(user.target, "__name__", user.target) for user in copied.users]
-            linear = any(
-                name in LINEARS and user.args[:1] == (copied,)
-                for user, name in zip(copied.users, names, strict=True)
-            )
+            linear = any(_called(user) in LINEARS and user.args[:1] == (copied,) for user in copied.users)
             if linear and readers.setdefault(node, i) != i:
                 return True
     return False

@@ -130,3 +130,20 @@ def test_what_is_frozen_merges_alike_with_and_without_grad_and_is_packed_once() 
     assert [graph.packs for graph in report.graphs] == [1, 1] and not report.notes
     reasons = {miss.where: miss.reason for miss in report.graphs[0].outcomes["same_input_linears"].misses}
     assert reasons.keys() == {"down"} and "low-rank product" in reasons["down"]
+
+
+@pytest.mark.parametrize(
+    "inner", ["aot_eager", pytest.param("inductor", marks=[pytest.mark.slow, pytest.mark.inductor])]
+)
+def test_gradients_reach_the_first_of_many_layers(make_model: Make, prompt: Tensor, inner: str) -> None:
+    """Layers are compiled apart, each distinct one once: what crosses between them carries gradients."""
+    plain = make_model(("linear_attention", "full_attention", "linear_attention") * 2).train()
+    for name, parameter in plain.named_parameters():
+        parameter.requires_grad_("norm" in name or "embed" in name)
+    expected = gradients(copy.deepcopy(plain), prompt)
+    assert any("layers.0." in name for name in expected) and any("embed" in name for name in expected)
+    model = fxfuse.optimize(plain, inner=inner, report="off")
+    for _ in range(2):
+        assert_close(gradients(model, prompt), expected)
+    report = model.optimization_report
+    assert report.calls == 2 and report.matched and not report.failures

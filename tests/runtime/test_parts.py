@@ -374,3 +374,61 @@ def test_other_threads_wait_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
         thread.join()
         assert waited == ["theirs"]
     assert waited == ["theirs", "ours"]
+
+
+def test_what_does_not_compile_is_not_loaded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it hide an error of the compilation itself, or keep what comes after it waiting."""
+    import types
+
+    from torch._inductor.async_compile import AsyncCompile
+    from torch._inductor.codecache import PyCodeCache
+
+    waited = []
+
+    def wait(self: Any, scope: dict[str, Any]) -> None:
+        waited.append(scope["__name__"])
+        if scope["__name__"] == "broken":
+            raise RuntimeError("the compiler said no")
+
+    monkeypatch.setattr(AsyncCompile, "wait", wait)
+    modules = {name: types.ModuleType(name) for name in ("broken", "fine")}
+    monkeypatch.setattr(PyCodeCache, "modules_no_attr", dict(modules))
+    with pytest.raises(KeyError, match="own"), inner.kernels_compiled_beside():
+        for module in modules.values():
+            AsyncCompile().wait(vars(module))
+        raise KeyError("own")
+    assert waited == ["broken", "fine"] and list(PyCodeCache.modules_no_attr) == ["fine"]
+
+
+def test_a_detached_alias_is_another_value_where_gradients_are_on() -> None:
+    class Detached(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.gate = nn.Linear(8, 8), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            fixed = x.detach()
+            return x + torch.sigmoid(self.gate(fixed)) * self.up(fixed)
+
+    model = Detached().requires_grad_(False)
+    own, gradients = copy.deepcopy(model), []
+    fxfuse.optimize(own, inner="eager", report="off")
+    for each in (model, own):
+        x = torch.ones(2, 8, requires_grad=True)
+        each(x).sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+    report = optimization_report(own)
+    assert report is not None and report.matched == 1
+
+
+def test_a_transform_of_torch_func_around_layers_says_that_it_cannot_be_traced() -> None:
+    stack = Stack(plain).requires_grad_(False)
+    run = torch.compile(
+        lambda rows: torch.vmap(lambda row: stack(row)[0])(rows), backend="fxfuse", options={"inner": "eager"}
+    )
+    x = torch.randn(5, 2, 4)
+    with torch.no_grad():
+        torch.testing.assert_close(run(x), torch.vmap(lambda row: stack(row)[0])(x))
+    report = backend.report_of(stack.parameters())
+    assert report is not None and any("torch.func" in note for note in report.notes)
