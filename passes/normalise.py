@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.idle_calls import fold_idle_calls
 from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
-from fxfuse.passes.modes import sets_grad_mode
+from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, layout_shows, same_memory, storage_of, written_by
@@ -110,13 +110,19 @@ def _one_name(program: Program) -> None:
 
 
 def _one_convolution(program: Program) -> None:
-    """conv1d(…, padding="valid") and convolution(…) over [B, C, T] -> conv1d(…, padding=0)."""
+    """conv1d(…, padding="valid") and convolution(…) over [B, C, T] -> conv1d(…, padding=0).
+
+    Not under autocast, which leaves the latter alone and casts what conv1d is given.
+    """
+    mode = modes(program.graph, program.grad_enabled)
     for node in program.calls(ops.CONV1D_BY_NAME):
         if not node.kwargs and (*node.args, *("valid",) * 5)[4] == "valid":
             node.target = torch.ops.aten.conv1d.default
             node.args = (*node.args[:4], [0], *node.args[5:])
     for node in program.calls(ops.CONVOLUTION):
         if len(node.args) < 9 or node.args[6] is not False or node.meta["val"].dim() != 3:
+            continue
+        if switches_autocast(mode[node]):
             continue
         if node.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
             node.target = torch.ops.aten.conv1d.default

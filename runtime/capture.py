@@ -115,12 +115,16 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
 _UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
 
 
+class Unrecorded(Exception):
+    """A graph calls what takes effect while it is traced, and would not when it runs."""
+
+
 class _Retracer(Interpreter):
     """Runs Dynamo's graph to be traced again."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target in _UNRECORDED:
-            raise RuntimeError(f"torch.{target.__name__} is lost in tracing: use `with torch.autocast(...)`")
+            raise Unrecorded(f"torch.{target.__name__} is lost in tracing: use `with torch.autocast(...)`")
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()

@@ -221,3 +221,16 @@ def test_a_norm_that_is_computed_from_the_other_undoes_nothing() -> None:
         rewritten = rewrite(NormOfANorm(lambda x: x), [torch.randn(6, 4)], target="cuda")
     (reason,) = {miss.reason for miss in rewritten.report.misses if miss.rule == "l2_norm"}
     assert reason.endswith("is read by nothing but what the other is computed from")
+
+
+def test_a_convolution_under_autocast_stays_one_that_autocast_leaves_alone() -> None:
+    class Convolved(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                y = torch.convolution(x, w, None, [1], [0], [1], False, [0], 4)
+            return y * 2
+
+    x, w = torch.randn(1, 4, 9), torch.randn(4, 1, 3)
+    with torch.no_grad():
+        got, expected = rewrite(Convolved(), [x, w]).graph_module(x, w), Convolved()(x, w)
+    assert got.dtype == expected.dtype == torch.float32 and torch.equal(got, expected)
