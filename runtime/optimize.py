@@ -198,7 +198,7 @@ def _entry(session: backend.Session, options: Options, dynamic: bool | None) -> 
         before = _progress(report)
         token = backend.current_session.set(session)
         try:
-            with _varying(args, kwargs) if dynamic is None else nullcontext():
+            with _varying(args, kwargs) if dynamic is None and not _trains(model) else nullcontext():
                 result = compiled(*args, **kwargs)
         except TorchDynamoException as error:
             own = raised_on_purpose(error)
@@ -231,6 +231,11 @@ def _first_lines(error: Exception) -> str:
     """What Dynamo says, and its explanation where there is one, without the advice that follows."""
     lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
     return " ".join(line for line in lines if line)[:MOST_LETTERS]
+
+
+def _trains(model: nn.Module) -> bool:
+    """Whether a backward may follow: Inductor fails on those of lengths that vary (strides it cannot order)."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
 def _has_no_memory(model: nn.Module) -> bool:
