@@ -234,7 +234,7 @@ def _first_lines(error: Exception) -> str:
 
 
 def _trains(model: nn.Module) -> bool:
-    """Whether a backward may follow: Inductor fails on those of lengths that vary (strides it cannot order)."""
+    """Whether a backward may follow: Inductor fails on some of a length that varies (order of strides)."""
     return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in model.parameters())
 
 
