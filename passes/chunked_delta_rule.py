@@ -1,7 +1,7 @@
 """The chunked delta rule keeps only its loop as an operator: Inductor fuses what each chunk does by itself.
 
 Before: out, state = chunk_gated_delta_rule(q, k, v, g, β, state)
-After:  out, state = delta_rule_chunks(*prepared(q, k, v, g, β), state)    `prepared` as nodes of the graph
+After:  out, state = delta_rule_chunks(*prepared(pieces(q, k, v, g, β)), state)    both as nodes of the graph
 
 On request, `passes=["default", "chunked_delta_rule"]`: prompts are faster, and compiling takes longer.
 """
@@ -46,7 +46,8 @@ def _inlined(program: Program, before: Node, function: Callable[..., Any], args:
 def _rule(
     q: Any, k: Any, v: Any, g: Any, beta: Any, state: Any, normalise: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    chunk = gated_delta_rule.prepared(q, k, v, g, beta, normalise, gated_delta_rule.CHUNK)
+    tokens = gated_delta_rule.pieces(q, k, v, g, beta, normalise, gated_delta_rule.CHUNK)
+    chunk = gated_delta_rule.prepared(tokens)
     out, final = torch.ops.fxfuse.delta_rule_chunks(*chunk, gated_delta_rule.initial(q, v, state))
     return out[:, :, : v.shape[1]].transpose(1, 2).to(q.dtype).contiguous(), final
 

@@ -13,48 +13,70 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
+from fxfuse.runtime.ops.arguments import check_tensors
 
 CHUNK = 64
 L2_EPSILON = 1e-6
 LEAST_LOG_DECAY = -110.0  # exp of it is zero in float32; sums of less lose digits, and of −inf all of them
 
 
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, T, h, ...] in any float dtype to [B, heads, T, ...] in fp32, each head repeated heads / h times."""
-    x = x.transpose(1, 2).to(torch.float32)
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-
-
 def _l2_normalised(x: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
 
 
-def _chunks(x: Tensor, size: int) -> Tensor:
-    """[B, H, T, ...] to [B, H, N, size, ...], zeros appended where T is not a multiple of the size."""
+def by_chunk(x: Tensor, heads: int, size: int) -> Tensor:
+    """[B, T, h, ...] in any float dtype as [B, heads, N, size, ...] in fp32.
+
+    Each head is repeated heads / h times, and zeros are appended where T is no multiple of the size.
+    """
+    x = x.transpose(1, 2).to(torch.float32)
+    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
     missing = -x.shape[2] % size
     if not isinstance(missing, int) or missing:
         x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
     return x.unflatten(2, (-1, size))
 
 
-def prepared(
+class Pieces(NamedTuple):
+    """Tokens by chunk, in fp32: what the rule is computed from.
+
+    Attributes:
+        q, k: [B, HV, N, size, dk], normalised where asked for, q scaled; v: [B, HV, N, size, dv].
+        decay: [B, HV, N, size], its logarithm since the chunk's beginning; rate: [B, HV, N, size, 1].
+        between: [B, HV, N, size, size], the decay from each token to a later one, zero to an earlier one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    rate: Tensor
+    between: Tensor
+
+
+def pieces(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk of `size` tokens needs of its own tokens alone; arguments as in `Given`.
+) -> Pieces:
+    """The tokens in chunks of `size`; arguments as in `Given`."""
+    heads, dk = value.shape[2], key.shape[-1]
+    if normalise:
+        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
+    q, k, v, decay, rate = (by_chunk(x, heads, size) for x in (query, key, value, g, beta))
+    q = q * dk**-0.5
+    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+    return Pieces(q, k, v, decay, rate.unsqueeze(-1), between)
+
+
+def prepared(of: Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What each chunk needs of its own tokens alone.
 
     Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
     until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
     attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
     """
-    heads, dk = value.shape[2], key.shape[-1]
-    if normalise:
-        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
-    q, k, v, decay, rate = (_chunks(_heads_first(x, heads), size) for x in (query, key, value, g, beta))
-    q = q * dk**-0.5
-    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
-    rate = rate.unsqueeze(-1)
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+    q, k, v, decay, rate, between = of
     grown = decay.exp().unsqueeze(-1)
 
     # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
@@ -123,10 +145,20 @@ def check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ShapeError where shapes do not belong together."""
+    check_tensors(
+        name,
+        query=("[B, T, Hk, dk]", query),
+        key=("[B, T, Hk, dk]", key),
+        value=("[B, T, HV, dv]", value),
+        g=("[B, T, HV]", g),
+        beta=("[B, T, HV]", beta),
+        state=("[B, HV, dk, dv]", state),
+    )
     batch, length, heads, dv = value.shape
     key_heads, dk = key.shape[2:]
     if (
         query.shape != key.shape
+        or 0 in (key_heads, dk)
         or key.shape[:2] != (batch, length)
         or heads % key_heads
         or not g.shape == beta.shape == (batch, length, heads)
@@ -174,7 +206,7 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     if length == 0:
         return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
     size = min(CHUNK, length)
-    out, state = scanned(*prepared(*given[:5], given.normalise, size), state)
+    out, state = scanned(*prepared(pieces(*given[:5], given.normalise, size)), state)
     return out[:, :, :length].transpose(1, 2).to(given.query.dtype).contiguous(), state.contiguous()
 
 

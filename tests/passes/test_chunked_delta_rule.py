@@ -70,9 +70,8 @@ def test_half_precision_in_and_out() -> None:
 def test_the_loop_is_a_sound_operator() -> None:
     q, k, v, g, beta, state = drawn(70, 2, True)
     q, k = (x.unflatten(-1, (2, WIDTH)) for x in (q, k))
-    parts = gated_delta_rule.prepared(
-        q, k, v.unflatten(-1, (4, WIDTH)), g, beta, True, gated_delta_rule.CHUNK
-    )
+    tokens = gated_delta_rule.pieces(q, k, v.unflatten(-1, (4, WIDTH)), g, beta, True, gated_delta_rule.CHUNK)
+    parts = gated_delta_rule.prepared(tokens)
     torch.library.opcheck(torch.ops.fxfuse.delta_rule_chunks.default, (*parts, state))
 
 
