@@ -78,6 +78,8 @@ def backend(
         return graph_module.forward
 
 
+# By this name torch finds it in its registry, and forgets weak references to parameters once it has compiled.
+backend.__name__ = "fxfuse"
 # Dynamo asks the backend of the graph it traces whether to keep the leaves.
 backend.captures_leaves = True  # type: ignore[attr-defined]
 leaves.install()
