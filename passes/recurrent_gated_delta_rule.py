@@ -239,7 +239,10 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             tensors = {n for n in read_by(whole) if isinstance(n.meta.get("val"), Tensor)}
             if found.new not in whole or tensors - {*reading.operands, found.state}:
                 continue
-            reason = _reason(guards, judge, found, result, whole, reading)
+            try:
+                reason = _reason(guards, judge, found, result, whole, reading)
+            except Refused as refusal:  # of this reading, by the operator itself: another one may be right
+                reason = refusal.node, refusal.reason
             if reason is None:
                 return whole, result, reading
             refused = Refused(*reason)
