@@ -59,7 +59,7 @@ def _fla() -> Callable[..., Any] | None:
 
 @functools.cache
 def _fla_takes_groups() -> bool:
-    """Whether value heads may be more than key heads there: before release 0.5 it silently reads wrong ones."""
+    """Whether value heads may be more than key heads: before release 0.5 it silently read wrong ones."""
     version = re.match(r"(\d+)\.(\d+)", importlib.import_module("fla").__version__)
     return version is not None and (int(version[1]), int(version[2])) >= (0, 5)
 
