@@ -21,7 +21,7 @@ from fxfuse.patterns import ops
 
 def join_heads_of_weights(program: Program) -> None:
     """Rewrite in place where the weight is a view of an input of the graph."""
-    writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), False
+    writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), []
     for node in program.calls(ops.EINSUM):
         parsed = equation_of(node)
         if parsed is None or len(parsed[0]) != 2 or any("." in name for name in parsed[0]):
@@ -37,8 +37,10 @@ def join_heads_of_weights(program: Program) -> None:
             if storage_of(node) in shown and not is_contiguous(node.meta["val"]):
                 continue
             if _rewrite(program, node, x, rows, matrix, letters, parsed[1]):
-                changed = True
+                changed.append(node)
                 break
+    for node in changed:  # not before: the next may read its sizes
+        node.meta.pop("val", None)
     if changed:
         program.refresh()
 
@@ -87,5 +89,4 @@ def _rewrite(
         node.args = (f"{rows[:-2]}{spare},{other}{spare}->{result}", [flat, source])
     else:
         return False
-    node.meta.pop("val", None)
     return True

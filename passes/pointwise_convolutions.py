@@ -22,7 +22,7 @@ _DEFAULTS = (None, None, None, [1], [0], [1], 1)
 
 def spell_pointwise_convolutions(program: Program) -> None:
     """Rewrite in place where the weight is a matrix of the graph's inputs and nobody reads y's strides."""
-    writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), False
+    writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), []
     for conv in program.calls(CONV1D):
         args: tuple[Any, ...] = (*conv.args, *_DEFAULTS[len(conv.args) :])
         x, weight, bias, *how = args
@@ -38,8 +38,9 @@ def spell_pointwise_convolutions(program: Program) -> None:
             given = (rows, matrix) if bias is None else (rows, matrix, bias)
             y = call(program, conv, torch.ops.aten.linear.default, *given)
         conv.target, conv.args, conv.kwargs = torch.ops.aten.transpose.int, (y, 1, 2), {}
+        changed.append(conv)
+    for conv in changed:  # not before: the next may read its sizes
         conv.meta.pop("val", None)
-        changed = True
     if changed:
         program.refresh()
 

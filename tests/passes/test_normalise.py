@@ -165,6 +165,24 @@ def test_a_sum_and_its_kept_form_leave_the_graph_in_one_memory(rewrite_equal: An
     assert len({y.data_ptr() for y in made}) == 1
 
 
+W = integer_tensor((4, 4), seed=1)
+
+CHAINED: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "heads in, heads out": lambda x, w: torch.einsum(
+        "bthk,ohk->bto", torch.einsum("bti,hki->bthk", x, w.view(2, 2, 4)), w.view(4, 2, 2)
+    ),
+    "convolutions of one tap": lambda x, w: F.conv1d(F.conv1d(x.mT, w[:, :, None]), w.unsqueeze(2)).mT,
+}
+
+
+@pytest.mark.parametrize("name", CHAINED)
+def test_what_is_spelled_anew_may_be_read_by_the_next(name: str) -> None:
+    module = Calls(lambda x, w: CHAINED[name](x, w) @ w)
+    rewritten = rewrite(module, [X, W], passes=(), dynamic=False)
+    assert torch.equal(module(X, W), rewritten.graph_module(X, W))
+    assert targets(rewritten).count("aten.linear.default") == 2
+
+
 def test_what_nobody_reads_is_dropped(rewrite_equal: Any) -> None:
     assert normal(rewrite_equal, lambda x: [(x * 2).exp().split(1), x + 1][1]) == ["aten.add.Tensor"]
 
