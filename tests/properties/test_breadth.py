@@ -14,6 +14,11 @@ def test_a_model_of_another_family_is_right(model_type: str) -> None:
     assert bool(row["matches"]) == (model_type != "gpt2"), "gpt2 has one projection for q, k and v already"
 
 
+def test_without_passes_a_model_is_right_and_has_no_matches() -> None:
+    row = breadth.isolated("llama", passes=())
+    assert row["state"] == "right" and not row["matches"], json.dumps(row, indent=1)
+
+
 def test_the_table_counts_and_lists_every_state() -> None:
     rows: list[dict[str, Any]] = [
         {"model_type": "b", "state": "wrong", "detail": "x|y", "seconds": 60.0},

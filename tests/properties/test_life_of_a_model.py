@@ -51,6 +51,8 @@ def _weights(model: Any, seed: int) -> dict[str, torch.Tensor]:
 class Life(RuleBasedStateMachine):
     """`model` is optimised and not, `twin` is never; everything else happens to both."""
 
+    passes: str | tuple[str, ...] = "default"
+
     @initialize()
     def begin(self) -> None:
         torch.manual_seed(0)
@@ -63,7 +65,7 @@ class Life(RuleBasedStateMachine):
 
     @rule()
     def optimize(self) -> None:
-        fxfuse.optimize(self.model, inner="eager", report="off")
+        fxfuse.optimize(self.model, inner="eager", passes=self.passes, report="off")
 
     @rule()
     def deoptimize(self) -> None:
@@ -137,6 +139,7 @@ class Life(RuleBasedStateMachine):
         with torch.no_grad():
             got, expected = self.model(**inputs).logits, self.twin.forward(**inputs).logits
         assert ours is None or ours.calls > before, "the compiled callable did not run"
+        assert ours is None or ours.matched, "nothing was matched"
         kept = inputs["attention_mask"].bool()
         tolerance = 1e-4 if self.dtype == torch.float32 else 1e-9
         scale = max(float(expected.abs().max()), 1e-3)
@@ -194,6 +197,15 @@ def _settings(examples: int, steps: int) -> settings:
 Short = type("Short", (Life,), {})
 TestAFewLives = Short.TestCase
 TestAFewLives.settings = _settings(2, 8)
+
+
+def test_without_passes_a_life_is_seen_to_match_nothing() -> None:
+    life = Life()
+    life.begin()
+    life.passes = ()
+    life.optimize()
+    with pytest.raises(AssertionError, match="nothing was matched"):
+        life.forward(length=9, batch=1, padded=False)
 
 
 @pytest.mark.slow
