@@ -9,7 +9,6 @@ import itertools
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
@@ -19,70 +18,46 @@ L2_EPSILON = 1e-6
 LEAST_LOG_DECAY = -110.0  # exp of it is zero in float32; sums of less lose digits, and of −inf all of them
 
 
-def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, T, h, ...] in any float dtype to [B, heads, T, ...] in fp32, each head repeated heads / h times."""
-    x = x.transpose(1, 2).to(torch.float32)
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+def _columns(x: Tensor, key_heads: int, part: slice) -> Tensor:
+    """Some tokens of [B, T, h, ...] in any float dtype as contiguous fp32 [B, Hk, h / Hk, n, ...]."""
+    x = x[:, part].transpose(1, 2)
+    x = x.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return x.unflatten(1, (key_heads, -1))
 
 
-def _l2_normalised(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
+def _inverse_norm(x: Tensor) -> Tensor:
+    return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + L2_EPSILON)
 
 
-def _chunks(x: Tensor, size: int) -> Tensor:
-    """[B, H, T, ...] to [B, H, N, size, ...], zeros appended where T is not a multiple of the size."""
-    missing = -x.shape[2] % size
-    if not isinstance(missing, int) or missing:
-        x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
-    return x.unflatten(2, (-1, size))
-
-
-def prepared(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk of `size` tokens needs of its own tokens alone; arguments as in `Given`.
-
-    Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
-    until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
-    attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
-    """
-    heads, dk = value.shape[2], key.shape[-1]
-    if normalise:
-        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
-    q, k, v, decay, rate = (_chunks(_heads_first(x, heads), size) for x in (query, key, value, g, beta))
-    q = q * dk**-0.5
-    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
-    rate = rate.unsqueeze(-1)
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
-    grown = decay.exp().unsqueeze(-1)
-
-    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
-    # is given the transposed system: so it need not turn what lies in memory row by row.
-    system = rate * k @ k.mT * between
-    right = torch.cat([rate * v, rate * grown * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
-    attention = q @ k.mT * between
-    until = (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    return q * grown, k * until, solved, attention, decay[..., -1].exp()
-
-
-def scanned(
-    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
+def _chunk(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """The state carried from chunk to chunk; arguments from `prepared`, and the state [B, HV, dk, dv].
+    """One chunk of n tokens after `state` [B·HV, dk, dv]; the rest from `_columns`. Returns outputs and state.
 
-    Returns out [B, HV, N · size, dv] and the final state, both in fp32 and contiguous.
+    Value heads that share a key head are an axis of their own (r), so that keys are multiplied once for all.
     """
-    batch, heads, chunks, _, dk = q.shape
-    u, w = solved.split([solved.shape[-1] - dk, dk], dim=-1)
-    state, outs = state.flatten(0, 1), []
-    for i in range(chunks):
-        q_i, k_i, u_i, w_i, inside, decay = (x[:, :, i].flatten(0, 1) for x in (q, k, u, w, attention, last))
-        corrected = torch.baddbmm(u_i, w_i, state, alpha=-1)
-        outs.append(torch.baddbmm(q_i @ state, inside, corrected))
-        state = torch.baddbmm(decay[:, None, None] * state, k_i.mT, corrected)
-    return torch.cat(outs, dim=1).unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
+    size, dk = key.shape[-2:]
+    if normalise:
+        query, key = query * _inverse_norm(query), key * _inverse_norm(key)
+    query = query * dk**-0.5
+    decay, rate = g.clamp(min=LEAST_LOG_DECAY).cumsum(-1), beta.unsqueeze(-1)  # [B, Hk, r, n(, 1)]
+    grown, last = decay.exp().unsqueeze(-1), decay[..., -1:]
+    future = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill_(future, float("-inf")).exp_()
+    products = torch.cat([key, query], dim=-2) @ key.mT
+
+    def heads(x: Tensor) -> Tensor:
+        return x.flatten(0, 2)  # [B·HV, n, ...]
+
+    # (I + A) u = β (v − exp(γ) k S): what each token writes beyond what is there. The solver takes ones for
+    # the diagonal and does not read what is above.
+    system = heads(products[..., :size, :] * (rate * between))
+    found = torch.baddbmm(heads(value), heads(grown * key), state, alpha=-1)
+    written = torch.linalg.solve_triangular(system, heads(rate) * found, upper=False, unitriangular=True)
+    inside = heads(products[..., size:, :] * between)
+    out = torch.baddbmm(heads(grown * query) @ state, inside, written)
+    kept = heads((last - decay).exp().unsqueeze(-1) * key)
+    return out, torch.baddbmm(heads(last).exp().unsqueeze(-1) * state, kept.mT, written)
 
 
 class Given(NamedTuple):
@@ -173,9 +148,15 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     state = initial(given.query, given.value, given.initial_state)
     if length == 0:
         return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
-    size = min(CHUNK, length)
-    out, state = scanned(*prepared(*given[:5], given.normalise, size), state)
-    return out[:, :, :length].transpose(1, 2).to(given.query.dtype).contiguous(), state.contiguous()
+    batch, _, heads, dv = given.value.shape
+    outs, state = [], state.flatten(0, 1)
+    # Chunk by chunk, so that all of it stays in the caches of a CPU.
+    for start in range(0, length, CHUNK):
+        part = slice(start, min(start + CHUNK, length))
+        columns = [_columns(x, given.key.shape[2], part) for x in given[:5]]
+        out, state = _chunk(*columns, state, given.normalise)
+        outs.append(out.unflatten(0, (batch, heads)).transpose(1, 2).to(given.query.dtype))
+    return torch.cat(outs, dim=1).contiguous(), state.unflatten(0, (batch, heads)).contiguous()
 
 
 def _packed(given: Given, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -197,17 +178,3 @@ def initial(query: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
         return state.to(torch.float32)
     batch, _, heads, dv = value.shape
     return query.new_zeros(batch, heads, query.shape[-1], dv, dtype=torch.float32)
-
-
-@torch.library.custom_op("fxfuse::delta_rule_chunks", mutates_args=())
-def delta_rule_chunks(
-    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`scanned` as one node of a graph, whatever the number of chunks."""
-    return scanned(q, k, solved, attention, last, state)
-
-
-@delta_rule_chunks.register_fake
-def _(q, k, solved, attention, last, state):  # type: ignore[no-untyped-def]
-    batch, heads, chunks, size, _ = q.shape
-    return q.new_empty((batch, heads, chunks * size, state.shape[-1])), state.new_empty(state.shape)
