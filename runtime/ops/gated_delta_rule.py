@@ -50,14 +50,16 @@ def _chunk(
         return x.flatten(0, 2)  # [B·HV, n, ...]
 
     # (I + A) u = β (v − exp(γ) k S): what each token writes beyond what is there. The solver takes ones for
-    # the diagonal and does not read what is above.
+    # the diagonal and does not read beyond it; given the transposed system it copies less.
     system = heads(products[..., :size, :] * (rate * between))
-    found = torch.baddbmm(heads(value), heads(grown * key), state, alpha=-1)
-    written = torch.linalg.solve_triangular(system, heads(rate) * found, upper=False, unitriangular=True)
+    missing = (heads(value) - heads(grown * key) @ state) * heads(rate)
+    written = torch.linalg.solve_triangular(
+        system.mT, missing.mT, upper=True, left=False, unitriangular=True
+    ).mT
     inside = heads(products[..., size:, :] * between)
-    out = torch.baddbmm(heads(grown * query) @ state, inside, written)
+    out = (heads(grown * query) @ state).baddbmm_(inside, written)
     kept = heads((last - decay).exp().unsqueeze(-1) * key)
-    return out, torch.baddbmm(heads(last).exp().unsqueeze(-1) * state, kept.mT, written)
+    return out, (heads(last).exp().unsqueeze(-1) * state).baddbmm_(kept.mT, written)
 
 
 class Given(NamedTuple):
