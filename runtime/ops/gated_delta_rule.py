@@ -32,7 +32,7 @@ def _inverse_norm(x: Tensor) -> Tensor:
 def _chunk(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """One chunk of n tokens after `state` [B·HV, dk, dv]; the rest from `_columns`. Returns outputs and state.
+    """One chunk of n tokens after `state` [B·HV, dk, dv]; the rest from `_columns`. Returns out and state.
 
     Value heads that share a key head are an axis of their own (r), so that keys are multiplied once for all.
     """
@@ -150,7 +150,7 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     state = initial(given.query, given.value, given.initial_state)
     if length == 0:
         return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
-    batch, _, heads, dv = given.value.shape
+    batch, _, heads, _ = given.value.shape
     outs, state = [], state.flatten(0, 1)
     # Chunk by chunk, so that all of it stays in the caches of a CPU.
     for start in range(0, length, CHUNK):

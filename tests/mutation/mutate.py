@@ -115,7 +115,7 @@ FAULTS = (
     Fault("passes/attention_inputs.py", "(heads, kv_heads, kv_heads, heads)[role]", "(heads, heads, heads, heads)[role]", BLOCKS),
     Fault("passes/attention_inputs.py", "permutations(angles)", "[tuple(angles[::-1])]", BLOCKS),
     Fault("passes/attention_inputs.py", "node.args[1] in (2, -2)", "node.args[1] in (1, -1)", BLOCKS),
-    Fault("passes/depthwise_convs.py", "columns, 2, k))", "columns, 2, taps - 1 - k))", CONVS),
+    Fault("passes/depthwise_convs.py", "columns, 0, k))", "columns, 0, taps - 1 - k))", CONVS),
     Fault("passes/depthwise_convs.py", "[padding, padding]", "[padding, 0]", CONVS),
     Fault("passes/depthwise_convs.py", "(groups, one, list(stride), list(dilation)) != (channels, 1, [1], [1])", "(groups, one) != (channels, 1)", CONVS),
     Fault("passes/depthwise_convs.py", "or mode[conv] != PLAIN", "or False", CONVS),
