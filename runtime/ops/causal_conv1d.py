@@ -16,6 +16,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import silu, wide
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -175,18 +176,25 @@ def launch(
 def _check(
     x: Tensor, weight: Tensor, bias: Tensor | None, initial_state: Tensor | None, seq_idx: Tensor | None
 ) -> None:
+    check_tensors(
+        "causal_conv1d",
+        x=("[B, C, T]", x),
+        weight=("[C, K]", weight),
+        bias=("[C]", bias),
+        initial_state=("[B, C, S]", initial_state),
+    )
     batch, channels, length = x.shape
     problems = []
-    if weight.dim() != 2 or weight.shape[0] != channels:
-        problems.append(f"weight {tuple(weight.shape)} is not [C, K]")
+    if weight.shape[0] != channels or weight.shape[1] < 1:
+        problems.append(f"weight {tuple(weight.shape)} is not [C, K] with K >= 1")
     elif initial_state is not None and (
         initial_state.shape[:2] != (batch, channels) or initial_state.shape[2] < weight.shape[1] - 1
     ):
         problems.append(f"initial_state {tuple(initial_state.shape)} is not [B, C, S] with S >= K - 1")
     if bias is not None and bias.shape != (channels,):
         problems.append(f"bias {tuple(bias.shape)} is not [C]")
-    if seq_idx is not None and seq_idx.shape != (batch, length):
-        problems.append(f"seq_idx {tuple(seq_idx.shape)} is not [B, T]")
+    if seq_idx is not None and (seq_idx.shape != (batch, length) or seq_idx.is_floating_point()):
+        problems.append(f"seq_idx {tuple(seq_idx.shape)}, {seq_idx.dtype}, is not [B, T] of integers")
     if problems:
         raise ShapeError(f"causal_conv1d with x [B, C, T] {tuple(x.shape)}: {'; '.join(problems)}")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import causal_conv1d, triton_kernel
 from fxfuse.runtime.ops.activations import silu, wide
+from fxfuse.runtime.ops.arguments import check_tensors, check_written
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -157,10 +158,17 @@ def _launch_many(
 
 
 def _check(x: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    check_tensors(
+        "causal_conv1d_update",
+        x=("[B, C, T]", x),
+        conv_state=("[B, C, S]", conv_state),
+        weight=("[C, K]", weight),
+        bias=("[C]", bias),
+    )
     batch, channels, _ = x.shape
     problems = []
-    if weight.dim() != 2 or weight.shape[0] != channels:
-        problems.append(f"weight {tuple(weight.shape)} is not [C, K]")
+    if weight.shape[0] != channels or weight.shape[1] < 1:
+        problems.append(f"weight {tuple(weight.shape)} is not [C, K] with K >= 1")
     elif conv_state.shape[:2] != (batch, channels) or conv_state.shape[2] < weight.shape[1] - 1:
         problems.append(f"conv_state {tuple(conv_state.shape)} is not [B, C, S] with S >= K - 1")
     if bias is not None and bias.shape != (channels,):
@@ -175,6 +183,7 @@ def causal_conv1d_update(
 ) -> Tensor:
     """The step as one node of a graph, the state in place; shapes and dtypes as in `reference`."""
     _check(x, conv_state, weight, bias)
+    check_written("causal_conv1d_update", conv_state=conv_state)
     refused = triton_kernel.refusal(x, conv_state, weight, bias)
     return (launch if refused is None else reference)(x, conv_state, weight, bias, apply_silu)
 

@@ -9,15 +9,17 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxfuse.runtime.ops import chunk_gated_delta_rule_kernel, triton_kernel
+from fxfuse.runtime.ops.chunk_gated_delta_rule_backward import chunk_gated_delta_rule_backward
 from fxfuse.runtime.ops.chunk_gated_delta_rule_kernel import MAX_KEY_DIM
-from fxfuse.runtime.ops.gated_delta_rule import Given, check, reference
+from fxfuse.runtime.ops.gated_delta_rule import LEAST_LOG_DECAY, Given, check, reference
 from fxfuse.runtime.ops.listed_once import operator
 
 FLA_TOKENS = 2048
@@ -55,6 +57,13 @@ def _fla() -> Callable[..., Any] | None:
     return function
 
 
+@functools.cache
+def _fla_takes_groups() -> bool:
+    """Whether value heads may be more than key heads there: before release 0.5 wrong ones are read."""
+    version = re.match(r"(\d+)\.(\d+)", importlib.import_module("fla").__version__)
+    return version is not None and (int(version[1]), int(version[2])) >= (0, 5)
+
+
 def suits_fla(given: Given) -> bool:
     """Whether flash-linear-attention's kernels run where they are installed: long prompts in half precision.
 
@@ -68,16 +77,18 @@ def suits_fla(given: Given) -> bool:
 def by_fla(function: Callable[..., Any], *arguments: Any) -> tuple[Tensor, Tensor]:
     """`reference` by flash-linear-attention's `chunk_gated_delta_rule`."""
     given = Given(*arguments)
-    state = given.initial_state
+    state, query, key = given.initial_state, given.query, given.key
+    if query.shape[2] < given.value.shape[2] and not _fla_takes_groups():
+        query, key = (x.repeat_interleave(given.value.shape[2] // x.shape[2], dim=2) for x in (query, key))
     out, state = function(
-        *(x.contiguous() for x in given[:3]),
-        g=given.g.contiguous(),
+        *(x.contiguous() for x in (query, key, given.value)),
+        g=given.g.clamp(min=LEAST_LOG_DECAY).contiguous(),
         beta=given.beta.contiguous(),
         scale=given.key.shape[-1] ** -0.5,
         initial_state=None if state is None else state.float().contiguous(),
         output_final_state=True,
         use_qk_l2norm_in_kernel=given.normalise,
-        cu_seqlens=given.cu_seqlens,
+        cu_seqlens=None if given.cu_seqlens is None else given.cu_seqlens.long(),
     )
     return out, state.to(torch.float32)
 
@@ -102,45 +113,7 @@ def _fake(given: Given) -> tuple[Tensor, Tensor]:
     )
 
 
-class Cotangents(NamedTuple):
-    """Gradients of output and final state; None for one that nothing was computed from."""
-
-    grad_out: Tensor | None
-    grad_state: Tensor | None
-
-
-def _run_backward(
-    cotangents: Cotangents, given: Given
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value, g, beta and the initial state: autograd over the reference, recomputed.
-
-    The last one is an empty tensor where there was no initial state.
-    """
-    leaves = [x for x in given[:6] if x is not None]
-
-    def forward(*values: Tensor) -> tuple[Tensor, Tensor]:
-        state = values[5] if len(values) == 6 else None
-        return reference(*values[:5], state, given.normalise, given.cu_seqlens)
-
-    # An operator's kernel runs below autograd; torch.func brings its own.
-    outs, pull = torch.func.vjp(forward, *leaves)[:2]
-    grads = pull(
-        tuple(torch.zeros_like(o) if d is None else d for o, d in zip(outs, cotangents, strict=True))
-    )
-    grads = [x.contiguous() for x in grads]
-    return tuple(grads if len(grads) == 6 else [*grads, given.query.new_empty(0)])  # type: ignore[return-value]
-
-
-def _fake_backward(cotangents: Cotangents, given: Given) -> tuple[Tensor, ...]:
-    state = given.initial_state
-    empty = given.query.new_empty(0) if state is None else state.new_empty(state.shape)
-    return (*(x.new_empty(x.shape) for x in given[:5]), empty)
-
-
 chunk_gated_delta_rule = operator("chunk_gated_delta_rule", _run, _fake, Given)
-chunk_gated_delta_rule_backward = operator(
-    "chunk_gated_delta_rule_backward", _run_backward, _fake_backward, Cotangents, Given
-)
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops.activations import row_offset, sigmoid
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -80,5 +81,6 @@ def launch(x: Tensor, gate: Tensor, silu: bool, dtype: torch.dtype) -> Tensor:
 
 def check(name: str, x: Tensor, gate: Tensor) -> None:
     """Raise where the shapes differ: the kernel would read past the end of one of them."""
+    check_tensors(name, x=("[...]", x), gate=("[...]", gate))
     if x.shape != gate.shape:
         raise ShapeError(f"{name} takes tensors of one shape, not {tuple(x.shape)} and {tuple(gate.shape)}")

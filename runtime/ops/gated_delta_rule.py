@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
+from fxfuse.runtime.ops.arguments import check_tensors
 
 CHUNK = 64
 L2_EPSILON = 1e-6
@@ -100,10 +101,20 @@ def check(
     cu_seqlens: Tensor | None,
 ) -> None:
     """Raise ShapeError where shapes do not belong together."""
+    check_tensors(
+        name,
+        query=("[B, T, Hk, dk]", query),
+        key=("[B, T, Hk, dk]", key),
+        value=("[B, T, HV, dv]", value),
+        g=("[B, T, HV]", g),
+        beta=("[B, T, HV]", beta),
+        state=("[B, HV, dk, dv]", state),
+    )
     batch, length, heads, dv = value.shape
     key_heads, dk = key.shape[2:]
     if (
         query.shape != key.shape
+        or 0 in (key_heads, dk)
         or key.shape[:2] != (batch, length)
         or heads % key_heads
         or not g.shape == beta.shape == (batch, length, heads)

@@ -14,6 +14,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset, silu, wide
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -114,6 +115,7 @@ def launch(x: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _check(x: Tensor, gate: Tensor, weight: Tensor) -> None:
+    check_tensors("gated_rms_norm", x=("[..., D]", x), gate=("[..., D]", gate), weight=("[D]", weight))
     if gate.shape != x.shape or weight.shape != x.shape[-1:]:
         raise ShapeError(
             "gated_rms_norm takes x and gate [..., D] and weight [D], "

@@ -24,6 +24,7 @@ from fxfuse.runtime.ops import (
     triton_kernel,
 )
 from fxfuse.runtime.ops.activations import wide
+from fxfuse.runtime.ops.arguments import check_tensors, check_written
 from fxfuse.runtime.ops.gdn_decode_kernel import MAX_TILE
 from fxfuse.runtime.ops.listed_once import operator
 from fxfuse.runtime.ops.triton_kernel import power_of_2
@@ -144,7 +145,21 @@ def launch(*arguments: Any) -> Tensor:
     return gdn_decode_kernel.launch(Given(*arguments))
 
 
+LAYOUTS = {
+    **dict.fromkeys(("query", "key"), "[B, Hk, dk]"),
+    **dict.fromkeys(("value", "z"), "[B, Hk, r, dv]"),
+    **dict.fromkeys(("b", "a"), "[B, Hk, r]"),
+    "conv_state": "[B, C, S]",
+    "conv_weight": "[C, K]",
+    "conv_bias": "[C]",
+    **dict.fromkeys(("A_log", "dt_bias"), "[HV]"),
+    "norm_weight": "[dv]",
+    "state": "[B, HV, dk, dv]",
+}
+
+
 def _check(given: Given) -> None:
+    check_tensors("gdn_decode", **{name: (layout, getattr(given, name)) for name, layout in LAYOUTS.items()})
     batch, key_heads, ratio, dv = given.value.shape
     dk, heads = given.key.shape[-1], key_heads * ratio
     channels, taps = 2 * key_heads * dk + heads * dv, given.conv_weight.shape[-1]
@@ -169,6 +184,8 @@ def _check(given: Given) -> None:
         for name, x in found.items()
         if x is not None and x.shape != expected[name]
     ]
+    if not dk:
+        wrong.append("heads of query and key have no features")
     if columns < taps:
         wrong.append(f"conv_state has {columns} columns, not {taps} or more")
     if wrong:
@@ -178,6 +195,7 @@ def _check(given: Given) -> None:
 def _run(given: Given) -> Tensor:
     """The step as one node of a graph, both states in place; shapes and dtypes as in `Given`."""
     _check(given)
+    check_written("gdn_decode", conv_state=given.conv_state, state=given.state)
     return (launch if refusal(*given[:-2]) is None else reference)(*given)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset, sigmoid, softplus, wide
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -131,6 +132,13 @@ def launch(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor, round_beta: boo
 
 
 def _check(a: Tensor, b: Tensor, A_log: Tensor, dt_bias: Tensor) -> None:
+    check_tensors(
+        "gdn_gates",
+        a=("[..., HV]", a),
+        b=("[..., HV]", b),
+        A_log=("[HV]", A_log),
+        dt_bias=("[HV]", dt_bias),
+    )
     if a.shape != b.shape or not A_log.shape == dt_bias.shape == a.shape[-1:]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (a, b, A_log, dt_bias))
         raise ShapeError(f"gdn_gates takes a and b [..., HV], A_log and dt_bias [HV], not {shapes}")

@@ -18,9 +18,11 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import qk_norm_rope_gate_kernel, triton_kernel
 from fxfuse.runtime.ops.activations import wide
+from fxfuse.runtime.ops.arguments import check_tensors, check_written
 from fxfuse.runtime.ops.listed_once import operator
 
 MAX_HEAD_DIM = 1024
+CACHES = ("key_cache", "value_cache")
 
 
 class Given(NamedTuple):
@@ -117,7 +119,17 @@ def refusal(query: Tensor, key: Tensor, *rest: Tensor | None) -> str | None:
     return unsupported(query, key, *rest) or triton_kernel.refusal(query, key, *rest)
 
 
+LAYOUTS = {
+    "query": "[B, T, nh, D]",
+    **dict.fromkeys(("key", "value"), "[B, T, nkv, D]"),
+    **dict.fromkeys(("q_weight", "k_weight"), "[D]"),
+    **dict.fromkeys(("cos", "sin"), "[B, T, R]"),
+    **dict.fromkeys(CACHES, "[B, nkv, L, D]"),
+}
+
+
 def _check(name: str, given: Given) -> None:
+    check_tensors(name, **{each: (layout, getattr(given, each)) for each, layout in LAYOUTS.items()})
     batch, length, _, head_dim = given.query.shape
     kv_heads, rotary = given.key.shape[2], given.cos.shape[-1]
     caches = [(batch, kv_heads, cache.shape[2], head_dim) for cache in (given.key_cache, given.value_cache)]
@@ -141,6 +153,8 @@ def _check(name: str, given: Given) -> None:
         wrong.append("one of the norms has a weight, the other has none")
     if rotary % 2 or rotary > head_dim:
         wrong.append(f"{rotary} rotated features: an even number, at most {head_dim}")
+    if given.positions.is_floating_point():
+        wrong.append(f"positions are of {given.positions.dtype}, not integers")
     if given.positions.numel() not in (1, length):
         wrong.append(
             f"{given.positions.numel()} positions: one for each of {length} tokens, or the first alone"
@@ -150,6 +164,7 @@ def _check(name: str, given: Given) -> None:
 
 
 def _check_halves(given: Given) -> None:
+    check_tensors("qk_norm_rope_gate", query=("[B, T, nh, 2·D]", given.query))
     features = given.query.shape[-1]
     if features % 2:
         raise ShapeError(
@@ -158,9 +173,14 @@ def _check_halves(given: Given) -> None:
     _check("qk_norm_rope_gate", given.halves()[0])
 
 
+def _check_written(name: str, given: Given) -> None:
+    check_written(name, **{each: getattr(given, each) for each in CACHES})
+
+
 def _run(given: Given) -> Tensor:
     """The query, as one node of a graph, and the caches in place; shapes and dtypes as in `Given`."""
     _check("qk_norm_rope", given)
+    _check_written("qk_norm_rope", given)
     return (launch if refusal(*given[:-1]) is None else reference)(*given)
 
 
@@ -173,6 +193,7 @@ def _fake(given: Given) -> Tensor:
 def _run_gate(given: Given) -> tuple[Tensor, Tensor]:
     """(query [B, nh, T, D], gate [B, T, nh, D]) from each head's query and gate."""
     _check_halves(given)
+    _check_written("qk_norm_rope_gate", given)
     return (gate_launch if refusal(*given[:-1]) is None else gate_reference)(*given)
 
 
@@ -183,6 +204,5 @@ def _fake_gate(given: Given) -> tuple[Tensor, Tensor]:
     return new((batch, heads, length, features // 2)), new((batch, length, heads, features // 2))
 
 
-CACHES = ("key_cache", "value_cache")
 qk_norm_rope = operator("qk_norm_rope", _run, _fake, Given, mutates=CACHES)
 qk_norm_rope_gate = operator("qk_norm_rope_gate", _run_gate, _fake_gate, Given, mutates=CACHES)

@@ -15,6 +15,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.gdn_decode import views_of_row
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel
 
@@ -147,7 +148,9 @@ def _empty(
 
 
 def _check(qkvz: Tensor, ba: Tensor, key_heads: int, value_heads: int, dk: int, dv: int) -> None:
-    if value_heads % key_heads or qkvz.shape[-1] != 2 * key_heads * dk + 2 * value_heads * dv:
+    check_tensors("qkvzba_split", qkvz=("[..., F]", qkvz), ba=("[..., 2·HV]", ba))
+    width = 2 * key_heads * dk + 2 * value_heads * dv
+    if key_heads < 1 or value_heads % key_heads or qkvz.shape[-1] != width:
         raise ShapeError(
             f"qkvzba_split: {qkvz.shape[-1]} features are not q, k, v and z of {key_heads} key heads of {dk} "
             f"and {value_heads} value heads of {dv}"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import wide
+from fxfuse.runtime.ops.arguments import check_written
 from fxfuse.runtime.ops.gated_delta_rule import L2_EPSILON, check, parts
 from fxfuse.runtime.ops.listed_once import operator
 from fxfuse.runtime.ops.triton_kernel import kernel, power_of_2
@@ -216,6 +217,7 @@ def launch(*arguments: Any) -> Tensor:
 def _run(given: Given) -> Tensor:
     """The rule as one node of a graph, the state in place; shapes and dtypes as in `Given`."""
     check("recurrent_gated_delta_rule", *given[:6], given.cu_seqlens)
+    check_written("recurrent_gated_delta_rule", state=given.state)
     refused = refusal(*given[:6], given.cu_seqlens)
     return (launch if refused is None else reference)(*given)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops import triton_kernel
 from fxfuse.runtime.ops.activations import row_offset, wide
+from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.triton_kernel import as_rows, kernel, power_of_2
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ def add_launch(
 
 
 def _check(x: Tensor, weight: Tensor, residual: Tensor | None = None) -> None:
+    check_tensors("rms_norm", x=("[..., H]", x), weight=("[H]", weight), residual=("[..., H]", residual))
     if weight.shape != x.shape[-1:] or (residual is not None and residual.shape != x.shape):
         shapes = ", ".join(str(tuple(t.shape)) for t in (x, weight, residual) if t is not None)
         raise ShapeError(

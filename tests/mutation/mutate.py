@@ -126,7 +126,7 @@ FAULTS = (
     Fault("passes/one_query_attention.py", "if scale != 1:", "if False:", ONE_QUERY),
     Fault("passes/one_query_attention.py", "mode[attention] != PLAIN or", "False or", ONE_QUERY),
     Fault("runtime/ops/gated_delta_rule.py", ".triu(1)", ".triu(0)", RULE),
-    Fault("runtime/ops/gated_delta_rule.py", "heads(rate) * found", "found", RULE),
+    Fault("runtime/ops/gated_delta_rule.py", " * heads(rate)\n", "\n", RULE),
     Fault("runtime/outline.py", " and storage_of(node) == storage_of(node.all_input_nodes[0])", "", OUTLINE),
     Fault("runtime/outline.py", "{value.stride()} {value.storage_offset()} \"", "{value.storage_offset()} \"", OUTLINE),
     Fault("runtime/outline.py", " {node.target} {own} {args}\")", " {node.target} {own}\")", OUTLINE),

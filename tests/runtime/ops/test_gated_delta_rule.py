@@ -2,6 +2,8 @@
 
 import inspect
 import itertools
+import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -250,6 +252,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(op, "refusal", lambda *given: None)
     monkeypatch.setattr(op, "launch", named("ours"))
     monkeypatch.setattr(op, "_fla", lambda: theirs)
+    monkeypatch.setattr(op, "_fla_takes_groups", lambda: True)
     return ran
 
 
@@ -267,6 +270,34 @@ def test_the_other_librarys_kernel_runs_for_long_prompts_in_half_precision(
     given = [x.bfloat16() for x in inputs(20)]
     chunk_gated_delta_rule(*given, True)
     assert as_on_a_gpu == ["fla", "ours", "ours", "ours"]
+
+
+@pytest.mark.parametrize(
+    ("version", "takes_groups"), [("0.4.2", False), ("0.5.0", True), ("0.5.dev1", True), ("1.0", True)]
+)
+def test_releases_of_the_other_library_that_know_no_groups_are_given_repeated_heads(
+    version: str, takes_groups: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "fla", SimpleNamespace(__version__=version))  # type: ignore[arg-type]
+    op._fla_takes_groups.cache_clear()
+    seen: list[tuple[int, ...]] = []
+
+    def theirs(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        seen.append((q.shape[2], k.shape[2], v.shape[2]))
+        assert options["g"].isfinite().all() and options["cu_seqlens"].dtype == torch.int64
+        return reference(
+            *(q, k, v, options["g"], options["beta"], options["initial_state"]),
+            options["use_qk_l2norm_in_kernel"],
+            options["cu_seqlens"],
+        )
+
+    given, bounds = packed([3, 5], True)
+    given[3][:, 2] = -torch.inf
+    got = op.by_fla(theirs, *given, True, bounds.int())
+    op._fla_takes_groups.cache_clear()
+    assert seen == [(2, 2, 4) if takes_groups else (4, 4, 4)]
+    for x, y in zip(got, reference(*given, True, bounds), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_the_other_librarys_function_takes_what_it_is_given() -> None:

@@ -29,17 +29,27 @@ def test_every_operator_with_a_kernel_has_tests_of_it() -> None:
     assert with_kernel and with_kernel == tested
 
 
-@needs_triton
-def test_every_kernel_is_its_reference_under_the_interpreter() -> None:
+def passed_under_the_interpreter(marks: str) -> int:
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(KERNELS)],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, str(KERNELS)],
         env={**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
     passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) >= 2 * len(list(KERNELS.glob("test_*.py"))), run.stdout
+    return int(passed[1]) if passed else 0
+
+
+@needs_triton
+def test_every_kernel_is_its_reference_under_the_interpreter() -> None:
+    assert passed_under_the_interpreter("not slow") >= 2 * len(list(KERNELS.glob("test_*.py")))
+
+
+@pytest.mark.slow
+@needs_triton
+def test_a_thousand_steps_under_the_interpreter() -> None:
+    assert passed_under_the_interpreter("slow") >= 1
 
 
 def test_the_operators_import_without_triton_and_do_not_import_it() -> None:

@@ -45,3 +45,10 @@ def test_gates_of_any_size_give_numbers(make: Any, close: Any, doubled: Any) -> 
     exact = gated_rms_norm.reference(*doubled(x, gate, weight), 1e-6)
     close(gated_rms_norm.launch(x, gate, weight, 1e-6), exact, x.dtype)
     assert gated_rms_norm.launch(x[:0], gate[:0], weight, 1e-6).shape == (0, 16)
+
+
+def test_values_near_the_largest_number_of_float16_give_numbers(make: Any, close: Any, doubled: Any) -> None:
+    x, gate, weight = (make(0, 3, 40).sign() * 6e4).half(), make(1, 3, 40).half(), make(2, 40)
+    out = gated_rms_norm.launch(x, gate, weight, 1e-6)
+    assert out.isfinite().all()
+    close(out, gated_rms_norm.reference(*doubled(x, gate, weight), 1e-6), torch.float16)

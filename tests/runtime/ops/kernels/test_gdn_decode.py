@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from fxfuse.runtime.ops import gdn_decode as op
 
@@ -126,6 +128,69 @@ def test_rows_of_zeros_and_extreme_gates_give_numbers(make: Any, close: Any, dou
         exact = op.reference(*exact_given)
         close(op.launch(*given_), exact, torch.float32)
         close(given_[12], exact_given[12], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_near_the_largest_number_of_float16_give_numbers(
+    make: Any, close: Any, doubled: Any, dtype: Any
+) -> None:
+    given_ = [
+        x.clone() if isinstance(x, torch.Tensor) else x
+        for x in arguments(make, 1, 2, 3, 8, 6, 4, dtype, 0, interleaved=True)
+    ]
+    for i in (0, 1, 2, 6):  # query, key, value and the columns before them
+        given_[i] = (given_[i].sign() * 6e4).to(dtype)
+    given_[12] *= 1e4
+    exact_given = doubled(*given_)
+    exact = op.reference(*exact_given)
+    out = op.launch(*given_)
+    assert out.isfinite().all() and given_[12].isfinite().all()
+    close(out, exact, dtype, noise=1e-4)
+    close(given_[12], exact_given[12], torch.float32, noise=1e-4)
+
+
+def eager_step(given_: list[Any]) -> None:
+    """The states moved on by transformers' expressions, in its dtypes."""
+    query, key, value, _, b, a, conv_state, weight, _, A_log, dt_bias, _, state, *_ = given_
+    heads, ratio = value.shape[1:3]
+    row = torch.cat([x.flatten(1) for x in (query, key, value)], -1)
+    window = torch.cat([conv_state, row.unsqueeze(-1)], -1)
+    conv_state.copy_(window[..., 1:])
+    mixed = F.silu(F.conv1d(window, weight.unsqueeze(1), groups=len(weight))[..., -1:]).transpose(1, 2)
+    parts = mixed.split([query[0].numel(), key[0].numel(), value[0].numel()], -1)
+    q, k = (x.unflatten(-1, (heads, -1)).repeat_interleave(ratio, 2) for x in parts[:2])
+    moved = torch_recurrent_gated_delta_rule(
+        q,
+        k,
+        parts[2].unflatten(-1, (heads * ratio, -1)),
+        g=(-A_log.float().exp() * F.softplus(a.flatten(1).float() + dt_bias)).unsqueeze(1),
+        beta=b.flatten(1).sigmoid().unsqueeze(1),
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )[1]
+    state.copy_(moved)
+
+
+@pytest.mark.slow
+def test_a_thousand_steps_stay_within_the_error_of_the_model(
+    make: Any, close: Any, doubled: Any, no_worse: Any
+) -> None:
+    given_ = arguments(make, 1, 1, 2, 4, 4, 4, torch.bfloat16, 0)
+    given_[9].fill_(-6.0)  # a slow decay: what is added is kept for hundreds of steps
+    eager = [x.clone() if isinstance(x, torch.Tensor) else x for x in given_]
+    exact_given = doubled(*given_)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(1000):
+        for i in range(6):
+            eager[i] = given_[i] = torch.randn(given_[i].shape, generator=random).to(given_[i])
+            exact_given[i] = given_[i].double()
+        eager_step(eager)
+        out, exact = op.launch(*given_), op.reference(*exact_given)
+    no_worse(given_[12], eager[12], exact_given[12])
+    close(out, exact, torch.bfloat16, noise=1e-3)
+    close(given_[12], exact_given[12], torch.float32, noise=1e-4)
+    assert torch.equal(given_[6].double(), exact_given[6]) and torch.equal(eager[6], given_[6])
 
 
 def test_no_sequence_gives_nothing(make: Any) -> None:

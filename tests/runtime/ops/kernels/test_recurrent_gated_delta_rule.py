@@ -2,9 +2,11 @@
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.models.qwen3_5.modeling_qwen3_5 import torch_recurrent_gated_delta_rule
 
 from fxfuse.runtime.ops import recurrent_gated_delta_rule as op
 
@@ -83,3 +85,44 @@ def test_no_token_leaves_the_state_and_zero_keys_give_numbers(make: Any) -> None
     out = op.launch(zero, zero, v, g, -g, state, True)
     assert torch.equal(out, torch.zeros_like(out))
     torch.testing.assert_close(state, before * g.sum(1)[..., None, None].exp())
+
+
+def test_a_thousand_tokens_stay_within_the_error_of_the_model(make: Any, close: Any, no_worse: Any) -> None:
+    length, dk, dv = 1000, 8, 8
+    query, key = (make(i, 1, length, 1, dk, dtype=torch.bfloat16) for i in (0, 1))
+    value = make(2, 1, length, 2, dv, dtype=torch.bfloat16)
+    g = -0.01 * make(3, 1, length, 2).abs()  # a slow decay: what is added is kept for hundreds of tokens
+    beta, state = make(4, 1, length, 2, dtype=torch.bfloat16).sigmoid(), make(5, 1, 2, dk, dv)
+    exact_state = state.double()
+    tokens = (query, key, value, g, beta)
+    exact = op.reference(*(x.double() for x in tokens), exact_state, True)
+    _, their_state = torch_recurrent_gated_delta_rule(
+        *(x.repeat_interleave(2, 2) for x in (query, key)),
+        value,
+        g=g,
+        beta=beta,
+        initial_state=state,
+        output_final_state=True,
+        use_qk_l2norm_in_kernel=True,
+    )
+    out = op.launch(*tokens, state, True)
+    close(out, exact, torch.bfloat16, noise=1e-4)
+    close(state, exact_state, torch.float32)
+    no_worse(state, their_state, exact_state)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_zero_keys_and_values_near_the_largest_number_of_float16_give_numbers(
+    make: Any, close: Any, doubled: Any, dtype: Any
+) -> None:
+    query, key, value = (make(i, 1, 5, h, 8, dtype=dtype).sign() * 6e4 for i, h in ((0, 1), (1, 1), (2, 3)))
+    query[:, 1], key[:, 3] = 0, 0
+    g, beta = -make(3, 1, 5, 3).abs(), make(4, 1, 5, 3).sigmoid()
+    state = 1e4 * make(5, 1, 3, 8, 8)
+    *rest, exact_state = doubled(*(x.to(dtype) for x in (query, key, value)), g, beta, state)
+    exact = op.reference(*rest, exact_state, True)
+    out = op.launch(*(x.to(dtype) for x in (query, key, value)), g, beta, state, True)
+    exact = exact.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max)
+    assert state.isfinite().all() and not out.isnan().any()
+    close(out.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max), exact, dtype, noise=1e-4)
+    close(state, exact_state, torch.float32, noise=1e-4)

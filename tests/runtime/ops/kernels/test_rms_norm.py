@@ -67,3 +67,17 @@ def test_zeros_stay_zeros_and_nothing_is_launched_for_nothing(make: Any) -> None
     zeros = torch.zeros_like(make(0, 2, 5))
     assert torch.equal(rms_norm.launch(zeros, zeros[0], 1e-6, True), zeros)
     assert rms_norm.launch(zeros[:0], zeros[0], 1e-6, True).shape == (0, 5)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_values_near_the_largest_number_of_float16_give_numbers(
+    make: Any, close: Any, doubled: Any, residual: bool
+) -> None:
+    x, weight = (make(0, 3, 40).sign() * 6e4).half(), make(1, 40)
+    if residual:
+        out, total = rms_norm.add_launch(x, (x * -0.5).half(), weight, 1e-6, True)
+        assert torch.equal(total.double(), x.double() * 0.5)
+    else:
+        out, total = rms_norm.launch(x, weight, 1e-6, True), x
+    assert out.isfinite().all()
+    close(out, rms_norm.reference(*doubled(total, weight), 1e-6, True), torch.float16)
