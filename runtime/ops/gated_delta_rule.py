@@ -6,6 +6,7 @@ state is carried.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,13 +31,12 @@ def _inverse_norm(x: Tensor) -> Tensor:
     return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + L2_EPSILON)
 
 
-def _chunk(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor, normalise: bool
-) -> tuple[Tensor, Tensor]:
-    """One chunk of n tokens after `state` [B·HV, dk, dv]; the rest from `_columns`. Returns out and state.
+def _chunk(tokens: Sequence[Tensor], state: Tensor, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Query, key, value, g, beta of n tokens, from `_columns`; returns out [B·HV, n, dv] and the next state.
 
     Value heads that share a key head are an axis of their own (r), so that keys are multiplied once for all.
     """
+    query, key, value, g, beta = tokens
     size, dk = key.shape[-2:]
     if normalise:
         query, key = query * _inverse_norm(query), key * _inverse_norm(key)
@@ -166,8 +166,8 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Chunk by chunk, so that all of it stays in the caches of a CPU.
     for start in range(0, length, CHUNK):
         part = slice(start, min(start + CHUNK, length))
-        columns = [_columns(x, given.key.shape[2], part) for x in given[:5]]
-        out, state = _chunk(*columns, state, given.normalise)
+        tokens = [_columns(x, given.key.shape[2], part) for x in given[:5]]
+        out, state = _chunk(tokens, state, given.normalise)
         outs.append(out.unflatten(0, (batch, heads)).transpose(1, 2).to(given.query.dtype))
     return torch.cat(outs, dim=1).contiguous(), state.unflatten(0, (batch, heads)).contiguous()
 
