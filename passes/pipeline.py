@@ -11,6 +11,7 @@ from fxfuse.passes import (
     causal_conv1d,
     causal_conv1d_update,
     depthwise_convs,
+    expert_rows,
     gated_rms_norm,
     gdn_decode,
     gdn_gates,
@@ -72,6 +73,7 @@ PASSES: tuple[Pass, ...] = (
     Pass("layout_chains", layout_chains.run, within_layers=True),
     Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu", within_layers=True),
     Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu", within_layers=True),
+    Pass("expert_rows", expert_rows.run, for_inductor=True, target="cpu", within_layers=True),
     Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu", within_layers=True),
 )
 
