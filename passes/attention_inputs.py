@@ -14,12 +14,14 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
+from fxfuse.passes.linear_spellings import turned
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import Refused, behind, read_by, writers_of
 from fxfuse.passes.row_parts import Part, parts_of
-from fxfuse.passes.storage_writes import storage_of
+from fxfuse.passes.storage_writes import equal_sizes, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
+from fxfuse.patterns.matcher import is_cast
 
 INDEX_COPY = "aten.index_copy_.default"
 
@@ -29,10 +31,12 @@ class Candidate:
     """The computation of attention's query and key; `writes` of key and value into a static cache, or none.
 
     Attributes:
+        operands: query, key and value as attention reads them.
         key: [B, nkv, T, D], of this call's tokens. value: of the same shape.
     """
 
     attention: Node
+    operands: tuple[Node, Node, Node]
     query: Node
     key: Node
     value: Node
@@ -51,7 +55,8 @@ class Candidate:
 class Reading:
     """One way to read a candidate's inputs as the operator's arguments.
 
-    `gate` is None where it stays, `weights` are where nothing is normed.
+    `gate` is None where it stays, `weights` are where nothing is normed. With `halves` cos and sin are
+    [B, T, R / 2], read by either half of the R features that rotate.
     """
 
     query: Part
@@ -61,18 +66,59 @@ class Reading:
     weights: tuple[Node | None, Node | None]
     cos_sin: tuple[Node, Node]
     eps: float
+    halves: bool = False
 
 
 def candidates(program: Program) -> Iterator[Candidate]:
     """One for each call of attention whose query has four dimensions."""
-    for attention in program.calls(readings_of.SDPA):
-        query, *rest = attention.args[:3]
-        key, value = (_origin(n) for n in rest)  # type: ignore[arg-type]
+    for attention, operands in _attentions(program):
+        query, *rest = operands
+        key, value = (_origin(n) for n in rest)
         writes: tuple[Node, ...] = ()
         if all(_is_cache_write(n) for n in (key, value)) and key.args[2] is value.args[2]:
             writes, (key, value) = (key, value), (key.args[3], value.args[3])  # type: ignore[assignment]
-        if isinstance(query, Node) and all(dims_of(n) == 4 for n in (query, key, value)):
-            yield Candidate(attention, query, key, value, writes)
+        if all(dims_of(n) == 4 for n in (query, key, value)):
+            yield Candidate(attention, operands, query, key, value, writes)
+
+
+def _attentions(program: Program) -> Iterator[tuple[Node, tuple[Node, Node, Node]]]:
+    """Calls of attention, and last products of attention by hand; with query, key and value."""
+    for attention in program.calls(readings_of.SDPA):
+        if all(isinstance(n, Node) for n in attention.args[:3]):
+            yield attention, attention.args[:3]  # type: ignore[misc]
+    for softmax in program.calls(readings_of.SOFTMAX):
+        scores, last = _product_before(softmax), _product_after(softmax)
+        if scores is None or last is None:
+            continue
+        query, key = scores.args[0], turned(scores.args[1])
+        if isinstance(query, Node) and str(query.target) == ops.MUL and len(query.all_input_nodes) == 1:
+            (query,) = query.all_input_nodes  # before it was scaled
+        if isinstance(query, Node) and key is not None and isinstance(last.args[1], Node):
+            yield last, (query, key, last.args[1])
+
+
+def _product_before(softmax: Node) -> Node | None:
+    """The product of query and key that a softmax is of, scaled and masked."""
+    node: Any = softmax.args[0]
+    sizes = softmax.meta["val"].shape
+    while isinstance(node, Node) and str(node.target) != ops.MATMUL:
+        same = [
+            n for n in node.all_input_nodes if dims_of(n) == 4 and equal_sizes(n.meta["val"].shape, sizes)
+        ]
+        node = same[0] if same else None
+    return node
+
+
+def _product_after(node: Node) -> Node | None:
+    """The product of a softmax, cast perhaps, with values."""
+    while len(node.users) == 1:
+        (user,) = node.users
+        if str(user.target) == ops.MATMUL and user.args[0] is node:
+            return user
+        if not is_cast(user):
+            return None
+        node = user
+    return None
 
 
 def _origin(node: Node) -> Node:
@@ -115,7 +161,7 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
     for node in (n for n in inputs if n not in given):
         cone = behind([node], ())
         parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
-        if cone and not read_by(cone):  # made of numbers alone
+        if cone and all(n.op == "get_attr" for n in read_by(cone)):  # made of numbers alone
             dependent.update(cone)
         elif (
             len(parameters) == 1
@@ -159,7 +205,7 @@ def readings(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
         )
     linears = set(program.calls(ops.LINEAR))
-    cones = [set(behind([n], linears)) for n in found.attention.args[:3]]  # type: ignore[list-item]
+    cones = [set(behind([n], linears)) for n in found.operands]
     by_role: list[list[Part]] = [[], [], [], []]
     rows = [n for n in read_by([*region, *cones[2]]) if n in linears]
     for part in (part for row in rows for part in parts_of(row)):
@@ -174,13 +220,17 @@ def readings(
     orders: list[Any] = list(permutations(weights)) if len(weights) == 2 else [tuple(weights) * 2]
     if not weights:
         orders, epsilons = [(None, None)], [0.0]
+    width = angles[0].meta["val"].shape[-1]
+    halves = [width % 2 == 1] if type(width) is int else [False]
+    if type(width) is int and not halves[0] and 2 * width <= head_dim:
+        halves = [False, True]
     for parts in product(queries, keys, values):
         query, key, value = parts
         gate = next((g for g in gates if (whole := joined(query, g, heads)) and whole.is_strided), None)
         if not all(part.is_strided for part in parts):
             continue
-        for pair, cos_sin, eps in product(orders, permutations(angles), epsilons):
-            yield Reading(query, gate, key, value, pair, cos_sin, eps)  # type: ignore[arg-type]
+        for pair, cos_sin, eps, half in product(orders, permutations(angles), epsilons, halves):
+            yield Reading(query, gate, key, value, pair, cos_sin, eps, half)  # type: ignore[arg-type]
 
 
 def joined(query: Part, gate: Part, heads: int) -> Part | None:

@@ -157,9 +157,11 @@ def results_to_values(program: Program) -> None:
     for storage, nodes in sharing.items():
         writes = [node for node in nodes if written_by(node)]
         made = nodes[0].op == "call_function" and not written_by(nodes[0])
-        if storage is None or storage in fixed or len(writes) != 1 or not made:
+        if storage is None or len(writes) != 1 or not made:
             continue
         (write,) = writes
+        if storage in fixed and "out" not in write.kwargs:
+            continue
         if switches_autocast(mode[write]):
             continue
         before = nodes[: nodes.index(write)]
@@ -213,13 +215,19 @@ class _Fits:
         return not self.layout_shows or equal_sizes(made.stride(), own.stride())
 
 
+_MADE_TO_BE_WRITTEN = ("aten.empty", "aten.new_empty", "aten.zeros", "aten.new_zeros")
+
+
 def _without_out(node: Node, fits: _Fits) -> Any:
     """The overload that returns what this one writes to memory made for it, all of one dtype."""
     out, target = node.kwargs["out"], node.target
     is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
     if not is_aten or not isinstance(out, Node) or written_by(node) != [out]:
         return None
-    empty, values = str(out.target).startswith("aten.empty"), [n.meta["val"] for n in node.all_input_nodes]
+    empty, values = (
+        str(out.target).startswith(_MADE_TO_BE_WRITTEN),
+        [n.meta["val"] for n in node.all_input_nodes],
+    )
     if not empty or len({v.dtype for v in values}) > 1 or node.meta["val"].shape != out.meta["val"].shape:
         return None
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::"))  # type: ignore[union-attr]

@@ -6,17 +6,19 @@ at two magnitudes, so that epsilons count. Sizes that vary get primes, and so do
 
 from collections.abc import Callable, Mapping, Sequence
 from math import prod
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from fxfuse.errors import ShapeError
 from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.regions import Refused, read_by
+from fxfuse.patterns import ops
 
 # Elements that a value may have to be computed in float64: half a gigabyte.
 MOST_ELEMENTS = 2**26
@@ -142,6 +144,10 @@ def _drawn(
     values: Values = {}
     for node in read_by(region):
         value = node.meta.get("val")
+        constant = _constant(node)
+        if constant is not None:
+            values[node] = constant
+            continue
         if not isinstance(value, Tensor):
             values[node] = _concrete(value, sizes, primes)
             continue
@@ -156,6 +162,18 @@ def _drawn(
             drawn = torch.zeros(shape, dtype=value.dtype)
         values[node] = drawn
     return values
+
+
+def _constant(node: Node) -> Tensor | None:
+    """The tensor that a node names, in float64 where it is floating; None if anybody might write to it."""
+    module = node.graph.owning_module
+    copied = all(str(user.target) == ops.CONSTANT_COPY for user in node.users)
+    if node.op != "get_attr" or module is None or not copied:
+        return None
+    value = attrgetter(str(node.target))(module)
+    if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
+        return None
+    return value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
 
 
 def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
@@ -196,7 +214,8 @@ def _structure(region: Sequence[Node], outputs: Sequence[Node], states: Sequence
     for node in read_by(region):
         names[node] = f"%{len(names)}"
         value = node.meta.get("val")
-        lines.append(f"{names[node]} {tuple(value.shape) if isinstance(value, Tensor) else value}")
+        own = node.target if node.op == "get_attr" else ""
+        lines.append(f"{names[node]} {own} {tuple(value.shape) if isinstance(value, Tensor) else value}")
     for node in region:
         names[node] = f"%{len(names)}"
         args = map_arg((node.args, tuple(sorted(node.kwargs.items()))), lambda n: names[n])

@@ -16,6 +16,7 @@ from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
 from fxfuse.patterns import ops
+from fxfuse.patterns.readings import ZEROS
 
 
 def spell_linears(program: Program) -> None:
@@ -23,9 +24,10 @@ def spell_linears(program: Program) -> None:
     writes = StorageWrites(program.graph)
     for node in program.calls(ops.EINSUM):
         _permute_of_einsum(program, node)
+    _read_transposes_uncopied(program, writes)
     changed = False
     mode = modes(program.graph, program.grad_enabled)
-    values = {node: _value(node) for node in program.graph.nodes}
+    values = {node: value_of(node) for node in program.graph.nodes}
     for node in program.calls(*ops.PRODUCTS):
         found = _operands(node)
         if found is None or not _has_rows_of(values, node, *found[:2]):
@@ -49,23 +51,23 @@ def spell_linears(program: Program) -> None:
         program.refresh()
 
 
-def _value(node: Any) -> Tensor | None:
+def value_of(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
 
 
-def _is_input(node: Node) -> bool:
+def is_input(node: Node) -> bool:
     return node.op in ("placeholder", "get_attr")
 
 
 def _untransposed(node: Any) -> Node | None:
     """The two-dimensional input whose transpose a node is, by the memory that it shows."""
-    source, value = node, _value(node)
+    source, value = node, value_of(node)
     if value is None or value.dim() != 2:
         return None
-    while isinstance(source, Node) and not _is_input(source) and source.args:
+    while isinstance(source, Node) and not is_input(source) and source.args:
         source = source.args[0]
-    own = _value(source)
+    own = value_of(source)
     if own is None or own.dim() != 2 or storage_of(source) != storage_of(node) or own.dtype != value.dtype:
         return None
     if own.is_conj() != value.is_conj() or own.is_neg() != value.is_neg():
@@ -77,10 +79,10 @@ def _untransposed(node: Any) -> Node | None:
 
 def _expanded(node: Any) -> Node | None:
     """The two-dimensional input whose transpose a node repeats for each of a batch."""
-    value, source = _value(node), node
+    value, source = value_of(node), node
     if value is None or value.dim() != 3 or not (value.stride(0) == 0 or value.shape[0] == 1):
         return None
-    while (own := _value(source)) is not None and own.dim() == 3 and str(source.target) in ops.REPEATED:
+    while (own := value_of(source)) is not None and own.dim() == 3 and str(source.target) in ops.REPEATED:
         source = source.args[0]
     if own is None or own.dim() != 2 or own.stride() != value.stride()[1:] or own.shape != value.shape[1:]:
         return None
@@ -96,20 +98,20 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None] | None:
         bias, x, turned = node.args[:3]
         scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
         weight = _untransposed(turned)
-        if scaled or weight is None or not _is_bias(bias, weight):
+        if scaled or weight is None or not (_is_zero(bias) or _is_bias(bias, weight)):
             return None
-        return x, weight, bias  # type: ignore[return-value]
+        return x, weight, None if _is_zero(bias) else bias  # type: ignore[return-value]
     if name == ops.BADDBMM:
         bias, x, turned = node.args[:3]
         scaled = any(node.kwargs.get(key, 1) != 1 for key in ("alpha", "beta"))
         weight = _expanded(turned)
-        if scaled or weight is None or not _is_bias(bias, weight):
+        if scaled or weight is None or not (_is_zero(bias) or _is_bias(bias, weight)):
             return None
-        return x, weight, bias  # type: ignore[return-value]
+        return x, weight, None if _is_zero(bias) else bias  # type: ignore[return-value]
     if name in (ops.INNER, ops.TENSORDOT, ops.MV):
         return _contracted(node)
     x, turned = node.args[:2]
-    weight, value = _untransposed(turned) or _expanded(turned), _value(x)
+    weight, value = _untransposed(turned) or _expanded(turned), value_of(x)
     if weight is None or value is None or value.dim() == 0:
         return None
     return x, weight, None  # type: ignore[return-value]
@@ -120,14 +122,14 @@ def _contracted(node: Node) -> tuple[Node, Node, None] | None:
     x, weight = node.args[:2]
     if str(node.target) == ops.MV:
         x, weight = weight, x
-    source = weight if isinstance(weight, Node) and _is_input(weight) else None
+    source = weight if isinstance(weight, Node) and is_input(weight) else None
     if str(node.target) == ops.TENSORDOT:
-        value, (given, other) = _value(x), node.args[2:4]
+        value, (given, other) = value_of(x), node.args[2:4]
         if value is None or len(given) != 1 or len(other) != 1 or given[0] % value.dim() != value.dim() - 1:  # type: ignore[arg-type, index, operator]
             return None
         if other[0] % 2 == 0:  # type: ignore[index, operator]
             source = _untransposed(weight)
-    values = [_value(n) for n in (x, source)]
+    values = [value_of(n) for n in (x, source)]
     if any(v is None for v in values) or values[1].dim() != 2 or values[0].dim() == 0:  # type: ignore[union-attr]
         return None
     if values[0].dtype != values[1].dtype or node.kwargs.get("out") is not None:  # type: ignore[union-attr]
@@ -145,6 +147,15 @@ def _is_transposed(value: Tensor, own: Tensor) -> bool:
     return all(statically_known_true(a == b) for a, b in pairs)
 
 
+def turned(node: Any) -> Node | None:
+    """What a node is the transpose of, last two dimensions exchanged, by the memory that it shows."""
+    source = node.args[0] if isinstance(node, Node) and node.args else None
+    value, own = value_of(node), value_of(source)
+    if value is None or own is None or storage_of(source) != storage_of(node):  # type: ignore[arg-type]
+        return None
+    return source if _is_transposed(value, own) else None  # type: ignore[return-value]
+
+
 def put_weights_second(program: Program) -> None:
     """W @ xᵀ -> (x @ Wᵀ)ᵀ, where xᵀ is a view of a tensor of rows."""
     writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), False
@@ -152,7 +163,7 @@ def put_weights_second(program: Program) -> None:
         operands: tuple[Any, ...] = node.args
         weight, turned = operands[:2]
         rows: Any = turned.args[0] if isinstance(turned, Node) and turned.args else None
-        w, value, own = _value(weight), _value(turned), _value(rows)
+        w, value, own = value_of(weight), value_of(turned), value_of(rows)
         if w is None or value is None or own is None or weight.name not in program.weights:
             continue
         if rows.name in program.weights or storage_of(rows) != storage_of(turned) or w.dim() != 2:
@@ -171,14 +182,22 @@ def put_weights_second(program: Program) -> None:
         program.refresh()
 
 
+def _is_zero(bias: Any) -> bool:
+    """Zeros to which a product is added, and which nobody writes."""
+    alone = isinstance(bias, Node) and all(
+        str(user.target) in (ops.ADDMM, ops.BADDBMM) for user in bias.users
+    )
+    return alone and str(bias.target) in ZEROS
+
+
 def _is_bias(bias: Any, weight: Node) -> bool:
-    value, rows = _value(bias), weight.meta["val"]
-    if value is None or value.dim() != 1 or value.dtype != rows.dtype or not _is_input(bias):
+    value, rows = value_of(bias), weight.meta["val"]
+    if value is None or value.dim() != 1 or value.dtype != rows.dtype or not is_input(bias):
         return False
     return statically_known_true(value.shape[0] == rows.shape[0])
 
 
-def _equation(node: Node) -> tuple[list[str], str] | None:
+def equation_of(node: Node) -> tuple[list[str], str] | None:
     equation, operands = node.args[:2]
     text = str(equation).replace(" ", "")
     if "->" not in text or len(node.args) > 2 or node.kwargs.get("path") is not None:
@@ -186,14 +205,14 @@ def _equation(node: Node) -> tuple[list[str], str] | None:
     given, result = text.split("->")
     names = given.split(",")
     for operand in operands:  # type: ignore[union-attr]
-        if _value(operand) is None:
+        if value_of(operand) is None:
             return None
     return names, result
 
 
 def _einsum_operands(node: Node) -> tuple[Node, Node, Node | None] | None:
     """einsum("…i,oi->…o", x, w), whichever comes first and whatever the letters."""
-    parsed = _equation(node)
+    parsed = equation_of(node)
     if parsed is None or len(parsed[0]) != 2:
         return None
     operands: Any = node.args[1]
@@ -204,7 +223,7 @@ def _einsum_operands(node: Node) -> tuple[Node, Node, Node | None] | None:
         if len(columns) != 2 or "." in columns or columns[0] == columns[1] or not rows:
             continue
         outer, inner = columns[0], columns[1]
-        source: Node | None = weight if _is_input(weight) else None
+        source: Node | None = weight if is_input(weight) else None
         if rows[-1] != inner:
             outer, inner, source = inner, outer, _untransposed(weight)
         lead = rows[:-1]
@@ -218,7 +237,7 @@ def _einsum_operands(node: Node) -> tuple[Node, Node, Node | None] | None:
 
 def _permute_of_einsum(program: Program, node: Node) -> None:
     """einsum("ab->ba", x) -> permute(x, [1, 0]): einsum of one operand shows the same memory."""
-    parsed = _equation(node)
+    parsed = equation_of(node)
     if parsed is None or len(parsed[0]) != 1 or "." in parsed[0][0]:
         return
     given, result = parsed[0][0], parsed[1]
@@ -227,6 +246,21 @@ def _permute_of_einsum(program: Program, node: Node) -> None:
         node.target = torch.ops.aten.permute.default
         node.args = (operands[0], [given.index(letter) for letter in result])
         node.kwargs = {}
+
+
+_SECOND_FACTOR = {ops.MATMUL: 1, ops.MM: 1, ops.ADDMM: 2}
+
+
+def _read_transposes_uncopied(program: Program, writes: StorageWrites) -> None:
+    """x @ w.T.contiguous() -> x @ w.T: a matrix product asks for no layout."""
+    for copy in program.calls(ops.CLONE, ops.CONTIGUOUS):
+        source: Any = copy.args[0]
+        if _untransposed(source) is None or writes.is_written(copy) or writes.is_written(source):
+            continue
+        for user in list(copy.users):
+            place = _SECOND_FACTOR.get(str(user.target))
+            if place is not None and user.args[place] is copy:
+                user.update_arg(place, source)
 
 
 def _become_linear(node: Node, x: Node, weight: Node, bias: Node | None) -> None:
@@ -257,7 +291,7 @@ def _biased(
         if len(linear.args) > 2 or linear.kwargs or not isinstance(bias, Node):
             continue
         weight = linear.args[1]
-        if not _is_input(weight) or _value(weight).dim() != 2 or not _is_bias(bias, weight):  # type: ignore[arg-type, union-attr]
+        if not is_input(weight) or value_of(weight).dim() != 2 or not _is_bias(bias, weight):  # type: ignore[arg-type, union-attr]
             continue
         if any(writes.is_written(n) for n in (node, linear, bias, weight, linear.args[0])):  # type: ignore[arg-type]
             continue
@@ -274,11 +308,16 @@ def _readers(x: Any) -> list[Node]:
 
 def _are_put_back(linear: Node, x: Tensor) -> bool:
     """Whether all who read the rows give them the leading sizes that x has."""
-    width = linear.meta["val"].shape[-1]
-    values = [_value(user) if str(user.target) in ops.RESHAPES else None for user in linear.users]
-    return bool(values) and all(
-        v is not None and equal_sizes(v.shape, (*x.shape[:-1], width)) for v in values
-    )
+    lead, width = x.shape[:-1], linear.meta["val"].shape[-1]
+    reshapes = ops.RESHAPES | {ops.UNFLATTEN}
+    values = [value_of(user) if str(user.target) in reshapes else None for user in linear.users]
+
+    def is_back(v: Tensor | None) -> bool:
+        if v is None or not lead:
+            return v is not None and equal_sizes(v.shape, (width,))
+        return v.dim() > len(lead) and equal_sizes(v.shape[: len(lead)], lead)
+
+    return bool(values) and all(map(is_back, values))
 
 
 _ROWS = ops.RESHAPES | {ops.FLATTEN}
@@ -302,7 +341,7 @@ def _rows_meet(program: Program) -> bool:
         x = rows.args[0]
         while isinstance(x, Node) and x not in readers and str(x.target) in _ROWS:
             x = x.args[0]
-        flat, whole = _value(rows), _value(x)
+        flat, whole = value_of(rows), value_of(x)
         if not isinstance(x, Node) or flat is None or whole is None:
             continue
         if x not in readers and not _are_put_back(linear, whole):

@@ -109,6 +109,7 @@ _VIEWS = {
     ops.INDEX: _indexed,
     ops.STACK: _stacked,
     ops.REPEAT: _repeated,
+    ops.TILE: _repeated,
 }
 
 

@@ -4,29 +4,42 @@ Before: y = to(x, x.dtype); z = view(y, [2, 3]); z2 = reshape(y, [2, -1]); dead 
 After:  z = reshape(x, [2, 3])
 """
 
+import math
 import operator
 from collections import defaultdict
+from operator import attrgetter
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
 from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
+from fxfuse.passes.pointwise_convolutions import spell_pointwise_convolutions
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_shows, same_memory, storage_of, written_by
+from fxfuse.passes.storage_writes import (
+    StorageWrites,
+    equal_sizes,
+    layout_shows,
+    same_memory,
+    storage_of,
+    written_by,
+)
 from fxfuse.patterns import ops
 
 
 def normalise(program: Program) -> None:
     """Rewrite the graph in place; values and writes stay what they were."""
     _drop_idle_switches(program)
-    _fold_idle_dropout(program)
+    fold_idle_dropout(program)
     _fold_identities(program)
     _writes_to_the_base(program)
+    _constants_as_numbers(program)
     _one_name(program)
     fold_idle_calls(program)
     _one_reshape(program)
@@ -37,6 +50,8 @@ def normalise(program: Program) -> None:
     spell_moved_elements(program)
     _one_view_of_each(program)
     put_weights_second(program)
+    spell_pointwise_convolutions(program)
+    join_heads_of_weights(program)
     for _ in range(2):  # a bias is seen once the rows of its linear are where they belong
         _one_view_of_each(program)
         _drop_dead_nodes(program)
@@ -58,7 +73,7 @@ def _drop_idle_switches(program: Program) -> None:
             grad = bool(node.args[0])
 
 
-def _fold_idle_dropout(program: Program) -> None:
+def fold_idle_dropout(program: Program) -> None:
     """dropout(x, p, train=False) -> x, and so for p = 0: it hands back x, though its fake kernel copies."""
     folded = False
     for node in program.calls(ops.DROPOUT):
@@ -109,6 +124,45 @@ def _one_name(program: Program) -> None:
             node.target, node.args = torch.ops.aten.to.dtype, (x, values[1].dtype)
 
 
+def _constants_as_numbers(program: Program) -> None:
+    """x + detach_(lift_fresh_copy(c)) -> x + 1e-6, where c is a constant without dimensions."""
+    for node in program.calls(ops.DETACH_):
+        made: Any = node.args[0]
+        if str(made.target) == ops.CONSTANT_COPY and not made.meta["val"].requires_grad:
+            node.replace_all_uses_with(made)
+            program.graph.erase_node(node)
+    writes = StorageWrites(program.graph)
+    for node in program.calls(ops.CONSTANT_COPY):
+        number = _number(program, node.args[0])
+        if number is None or writes.is_written(node) or writes.is_written(node.args[0]):  # type: ignore[arg-type]
+            continue
+        for user in list(node.users):
+            if str(user.target) not in ops.ARITHMETIC or user.kwargs or len(user.args) != 2:
+                continue
+            first, second = user.args
+            commutes = ops.ARITHMETIC[str(user.target)][1] and first is node
+            x: Any = first if second is node else second if commutes else None
+            values = [n.meta.get("val") for n in (x, user) if isinstance(n, Node) and n is not node]
+            if len(values) < 2 or not isinstance(values[0], torch.Tensor):
+                continue
+            if (values[0].dtype, values[0].device) == (values[1].dtype, values[1].device):  # type: ignore[union-attr]
+                user.args = (x, number)
+        for unused in (node, node.args[0]):
+            if not unused.users:  # type: ignore[union-attr]
+                program.graph.erase_node(unused)  # type: ignore[arg-type]
+
+
+def _number(program: Program, kept: Any) -> float | None:
+    """The floating number that a constant of the graph holds."""
+    value = attrgetter(kept.target)(program.graph_module) if kept.op == "get_attr" else None
+    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.dim() > 0:
+        return None
+    if value.device.type != "cpu":  # on a GPU it is rounded to the dtype of what stands beside it
+        return None
+    number = float(value) if value.is_floating_point() else math.nan
+    return number if math.isfinite(number) else None
+
+
 def _one_convolution(program: Program) -> None:
     """conv1d(…, padding="valid") and convolution(…) over [B, C, T] -> conv1d(…, padding=0).
 
@@ -130,21 +184,24 @@ def _one_convolution(program: Program) -> None:
 
 
 def _kept_dimension(program: Program) -> None:
-    """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums."""
+    """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums and reshapes."""
     writes = StorageWrites(program.graph)
-    for node in program.calls(ops.UNSQUEEZE):
-        reduced, place = node.args
+    for node in program.calls(ops.UNSQUEEZE, ops.RESHAPE):
+        reduced = node.args[0]
         if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
             continue
-        value, dims = reduced.args[0].meta["val"].dim(), reduced.args[1]  # type: ignore[union-attr]
+        dims = reduced.args[1]
         keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
-        one = isinstance(dims, (list, tuple)) and len(dims) == 1 and not keeps
         whole: Node = reduced.args[0]  # type: ignore[assignment]
         if writes.is_written(node) or writes.version(whole, reduced) != writes.version(whole, node):
             continue
-        if one and dims[0] % value == place % value:  # type: ignore[index, operator]
+        sizes = list(whole.meta["val"].shape)
+        if keeps or not sizes or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+            continue
+        sizes[dims[0]] = 1  # type: ignore[index, call-overload]
+        if equal_sizes(node.meta["val"].shape, sizes):
             node.target = reduced.target
-            node.args = (reduced.args[0], dims, True)
+            node.args = (whole, dims, True)
             node.kwargs = {k: v for k, v in reduced.kwargs.items() if k != "keepdim"}
 
 

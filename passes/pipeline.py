@@ -28,10 +28,11 @@ from fxfuse.passes import (
     sigmoid_gate,
     swiglu,
 )
-from fxfuse.passes.normalise import normalise
+from fxfuse.passes.normalise import fold_idle_dropout, normalise
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.output_layout import restore_output_layout
 from fxfuse.passes.program import Program
+from fxfuse.patterns import ops
 
 log = logging.getLogger("fxfuse")
 
@@ -118,10 +119,22 @@ def without_code(program: Program, passes: Sequence[Pass]) -> tuple[Program, dic
     if program is given:
         program = program.copy()
     elif any(outcome.matches for outcome in outcomes.values()):
-        program, outcome, _ = _attempt("output_layout", lambda p: restore_output_layout(p, given), program)
-        if outcome.misses:
-            outcomes["output_layout"] = outcome
+        program, outcome, _ = _attempt(
+            "output_layout", lambda p: restore_output_layout(p, _as_eager_lays_it_out(given)), program
+        )
+        if outcome.misses:  # what cannot be laid out as it was stays as it was
+            outcomes = {name: Outcome(misses=each.misses) for name, each in outcomes.items()}
+            program, outcomes["output_layout"] = given.copy(), outcome
     return program, outcomes
+
+
+def _as_eager_lays_it_out(program: Program) -> Program:
+    """Without idle dropouts: they hand on their input, and the fake kernel that tracing asks makes a copy."""
+    if not program.calls(ops.DROPOUT):
+        return program
+    program = program.copy()
+    fold_idle_dropout(program)
+    return program
 
 
 def _normalised(program: Program) -> Outcome:

@@ -67,6 +67,7 @@ def _operator_on(found: Candidate, reading: Reading) -> Any:
             caches = [torch.empty_like(key.transpose(1, 2).contiguous()) for _ in range(2)]
             positions = torch.zeros(1, dtype=torch.long)
         angles = [_flat_angles(values[n]) for n in reading.cos_sin]
+        angles = [torch.cat([t, t], -1) for t in angles] if reading.halves else angles
         vectors = [None if n is None else values[n] for n in reading.weights]
         out = torch.ops.fxfuse.qk_norm_rope(
             query, key, value, *vectors, *angles, *caches, positions, reading.eps
@@ -114,7 +115,7 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             continue  # a table of angles from which the other one is computed
         order = [inputs.index(n) for n in (*rows, *reading.weights, *reading.cos_sin) if n is not None]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
-        name = f"{RULE} {order} {features} {reading.eps}"
+        name = f"{RULE} {order} {features} {reading.eps} {reading.halves}"
         if judge.equal(region, outputs, _operator_on(found, reading), name, found.caches, given):
             gate = reading.gate
             if gate is not None and any(guards.position[user] < last for user in gate.node.users):
@@ -122,7 +123,7 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             if gate is not None and dims_of(gate.node) not in (3, 4):
                 gate = None
             chosen = (reading.query, gate, reading.key, reading.value)
-            return region, Reading(*chosen, reading.weights, reading.cos_sin, reading.eps)
+            return region, Reading(*chosen, reading.weights, reading.cos_sin, reading.eps, reading.halves)
     raise Refused(
         found.query, "run on random values it is no norm and rotation as qk_norm_rope_gate takes them"
     )
@@ -160,6 +161,8 @@ def _replace(
                 node = call(program, found.query, aten.squeeze.dim, node, _head_dim_of(node.meta["val"]))
             elif dims == 2:
                 node = call(program, found.query, aten.unsqueeze.default, node, 0)
+            if reading.halves:
+                node = call(program, found.query, aten.cat.default, [node, node], -1)
             angles.append(node)
         if found.writes:
             caches, positions = found.caches, _start(guards, found.writes[0].args[2], region[-1])

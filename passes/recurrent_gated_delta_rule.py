@@ -9,7 +9,7 @@ input is which is told by its shape and by who reads it; whether all of it is th
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import permutations
+from itertools import permutations, product
 from typing import Any
 
 import torch
@@ -38,9 +38,9 @@ MOVES = readings.REPEATS | (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A state [B, HV, dk, dv] that a call overwrites with what is computed from it."""
+    """A state [B, HV, dk, dv] and what is computed from it: a call overwrites it, or both stay."""
 
-    write: Node
+    write: Node | None
     state: Node
     new: Node
 
@@ -58,16 +58,26 @@ class Reading:
 
 
 def candidates(program: Program) -> Iterator[Candidate]:
-    """Every write of a computed tensor over an input of four dimensions."""
+    """Every write of a computed tensor over an input of four dimensions, and what is returned instead."""
     for write in program.calls(COPY):
         state, new = write.args[:2]
         if not isinstance(state, Node) or state.op != "placeholder" or not isinstance(new, Node):
             continue
-        value = state.meta["val"]
-        if value.dim() != 4 or not value.is_floating_point():
-            continue
-        if all(isinstance(size, int) for size in value.shape[1:]) and new in _dependents(state):
+        if _is_state(state) and new in _dependents(state):
             yield Candidate(write, state, new)
+    writers, (output,) = writers_of(program.graph), program.graph.find_nodes(op="output")
+    states = [n for n in program.placeholders() if _is_state(n) and storage_of(n) not in writers]
+    for new in (n for n in output.all_input_nodes if n.op == "call_function" and _is_state(n)):
+        for state in (n for n in states if equal_sizes(n.meta["val"].shape, new.meta["val"].shape)):
+            if new in _dependents(state):
+                yield Candidate(None, state, new)
+
+
+def _is_state(node: Node) -> bool:
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
+        return False
+    return all(isinstance(size, int) for size in value.shape[1:])
 
 
 def _stripped(node: Node) -> Node:
@@ -155,22 +165,30 @@ def readings_of(found: Candidate, result: Node, core: set[Node]) -> Iterator[Rea
             continue
         rest = [n for n in early if n not in scale]
         for pair in permutations(rest, 2):
-            value = _origin(early[pair[1]], batch, heads, dv, None)
-            for last in (n for n in late if value is not None):
+            values = [_origin(n, batch, heads, dv, None) for n in _value(pair[1], early[pair[1]])]
+            for value, last in product((v for v in values if v is not None), late):
                 for query, key, normalise in _query_and_key(late[last], early[pair[0]], dk):
                     q = _origin(query, batch, heads, dk, dtype)
                     k = _origin(key, batch, heads, dk, None)
                     if q is not None and k is not None and equal_heads(q, k):
-                        yield Reading((q, k, value, g, beta), normalise)  # type: ignore[arg-type]
+                        yield Reading((q, k, value, g, beta), normalise)
+
+
+def _value(stripped: Node, value: Node) -> Iterator[Node]:
+    """What is written into the state: the node itself, or what it multiplies with β on its own."""
+    yield value
+    yield from (found["x"] for found in matches(idioms.ANYTHING * idioms.ANYTHING_ELSE, stripped))
 
 
 def _query_and_key(query: Node, key: Node, dk: int) -> Iterator[tuple[Node, Node, bool]]:
     """Both before they are normalised, or as they are; the operator scales the query."""
     formulas = (idioms.L2_NORM * dk**-0.5, idioms.L2_NORM)
-    queries = [_bound(formula, _stripped(query), "x") for formula in formulas]
-    raw = _bound(idioms.L2_NORM, _stripped(key), "x")
-    yield from ((q, raw, True) for q in queries if q is not None and raw is not None)
     scaled = _bound(idioms.ANYTHING * dk**-0.5, _stripped(query), "x")
+    normed = [_bound(formula, _stripped(query), "x") for formula in formulas]
+    if scaled is not None:  # and normalised before its heads were moved
+        normed.append(_bound(idioms.L2_NORM, _stripped(scaled), "x"))
+    raw = _bound(idioms.L2_NORM, _stripped(key), "x")
+    yield from ((q, raw, True) for q in normed if q is not None and raw is not None)
     yield from ((q, key, False) for q in (scaled, query) if q is not None)
 
 
@@ -182,8 +200,9 @@ def equal_heads(query: Node, key: Node) -> bool:
 def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> Any:
     def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
         given = [_as_token(values[n], i < 3) for i, n in enumerate(reading.operands)]
-        out = torch.ops.fxfuse.recurrent_gated_delta_rule(*given, values[found.state], reading.normalise)
-        return [out.reshape(-1, *shape[1:])]
+        state = values[found.state].clone() if found.write is None else values[found.state]
+        out = torch.ops.fxfuse.recurrent_gated_delta_rule(*given, state, reading.normalise)
+        return [out.reshape(-1, *shape[1:]), *([state] if found.write is None else [])]
 
     return run
 
@@ -208,7 +227,7 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     refused: Refused | None = None
     for result in reversed(results):
         for reading in readings_of(found, result, core):
-            whole = behind([result, found.write], set(reading.operands), writers)
+            whole = behind([result, found.write or found.new], set(reading.operands), writers)
             tensors = {n for n in read_by(whole) if isinstance(n.meta.get("val"), Tensor)}
             if found.new not in whole or tensors - {*reading.operands, found.state}:
                 continue
@@ -231,16 +250,20 @@ def _reason(
         return found.state, limit
     if given[0].dtype != value.dtype:
         return result, "its query and its result differ in dtype"
-    reason = guards.reason(region, [result], {value.dtype, torch.float32}, [found.state])
+    if found.new.meta["val"].dtype != found.state.meta["val"].dtype and found.write is None:
+        return found.new, "the state that is returned and the one before it differ in dtype"
+    outputs, states = ([result, found.new], []) if found.write is None else ([result], [found.state])
+    reason = guards.reason(region, outputs, {value.dtype, torch.float32}, states)
     if reason is not None:
         return reason
-    early = next((u for u in result.users if guards.position[u] < guards.position[region[-1]]), None)
-    if early is not None and early not in region:
-        return early, f"{early.name} reads the result before the state is written"
+    users = {user for n in outputs for user in n.users} - set(region)
+    early = next((u for u in users if guards.position[u] < guards.position[region[-1]]), None)
+    if early is not None:
+        return early, f"{early.name} reads the result before the whole step is done"
     shape = [size if isinstance(size, int) else -1 for size in value.shape]
     inputs = read_by(region)
     name = f"{RULE} {[inputs.index(n) for n in reading.operands if n in inputs]} {reading.normalise}"
-    if not judge.equal(region, [result], _operator_on(found, reading, shape), name, [found.state]):
+    if not judge.equal(region, outputs, _operator_on(found, reading, shape), name, states):
         return result, "run on random values it is no step of the gated delta rule"
     return None
 
@@ -255,7 +278,11 @@ def _replace(program: Program, found: Candidate, region: list[Node], result: Nod
             target, *args = _to_token(node.meta["val"], i < 3) or (None,)
             given.append(node if target is None else call(program, result, target, node, *args))
         rule: Any = torch.ops.fxfuse.recurrent_gated_delta_rule.default
-        out = call(program, result, rule, *given, found.state, reading.normalise)
+        state = found.state
+        if found.write is None:
+            state = call(program, result, aten.clone.default, state)
+            state.kwargs = {"memory_format": torch.contiguous_format}
+        out = call(program, result, rule, *given, state, reading.normalise)
         value = result.meta["val"]
         if value.dim() == 3:
             out = call(program, result, aten.squeeze.dim, out, 1)
@@ -263,6 +290,8 @@ def _replace(program: Program, found: Candidate, region: list[Node], result: Nod
             out = call(program, result, aten.transpose.int, out, 1, 2)
     program.graph.erase_node(anchor)
     result.replace_all_uses_with(out)
+    if found.write is None:
+        found.new.replace_all_uses_with(state)
     erase(program, region)
 
 

@@ -7,7 +7,7 @@ _weight = Var("weight", dims=1)
 _eps = Scalar("eps")
 _normed = _x * (mean(_x * _x) + _eps) ** -0.5
 
-ANYTHING = _x
+ANYTHING, ANYTHING_ELSE = _x, Var("y")
 ZERO_CENTRED_RMS_NORM = _normed * (1.0 + _weight)
 RMS_NORM = _normed * _weight
 GATED_RMS_NORM = _normed * _weight * silu(_gate)

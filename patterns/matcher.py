@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import readings
 from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
-from fxfuse.patterns.ops import CAT, EINSUM
+from fxfuse.patterns.ops import CAT, EINSUM, MATMUL, SELECT, SQUEEZE, UNSQUEEZE
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,13 @@ def _merged(items: Items) -> Items:
         key = _uncast(term)
         powers[key] = powers.get(key, 0.0) + power
         terms.setdefault(key, term)
-    return [(terms[key], power) for key, power in powers.items() if power]
+    return [(_unsigned(terms[key], power), power) for key, power in powers.items() if power]
+
+
+def _unsigned(term: Term, power: float) -> Term:
+    """|x|² = x²."""
+    size = _uncast(term)
+    return size.args[0] if power == 2.0 and _is_call(size, "abs") else term  # type: ignore[return-value, union-attr]
 
 
 def _sum(
@@ -239,8 +245,20 @@ def _glu_factors(x: Any, dim: Any = -1) -> tuple[float, Items] | None:
     return 1.0, [(first, 1.0), (Virtual("sigmoid", second), 1.0)]
 
 
+def _einsum_factors(equation: Any, operands: Any, *path: Any) -> tuple[float, Items] | None:
+    """einsum("…d,d->…d", x, w) = x·w: nothing is summed, and w is repeated as in a product."""
+    given, _, result = str(equation).replace(" ", "").partition("->")
+    names, letters = given.split(","), result.removeprefix("...")
+    if path or len(names) != 2 or len(operands) != 2 or result not in names or "." in letters:
+        return None
+    broadcast = all(name == result or (letters.endswith(name) and name) for name in names)
+    if not broadcast or len(set(letters)) != len(letters):
+        return None
+    return _operands(*((operand, 1.0) for operand in operands))
+
+
 def _root_of_squares(x: Any, order: Any = 2, *rest: Any) -> tuple[float, Items] | None:
-    if order != 2 or not isinstance(x, Node) or not _is_last(x, *rest[:2]) or rest[2:]:
+    if order not in (2, None) or not isinstance(x, Node) or not _is_last(x, *rest[:2]) or rest[2:]:
         return None
     return 1.0, [(Virtual("squares", x), 0.5)]
 
@@ -268,7 +286,10 @@ _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
         (1.0, [(a, float(b))]) if isinstance(b, (int, float)) and b != 0 else None
     ),
     "aten.glu.default": _glu_factors,
+    "aten.einsum.default": _einsum_factors,
+    "aten.linalg_norm.default": _root_of_squares,
     "aten.linalg_vector_norm.default": _root_of_squares,
+    "aten.log_sigmoid.default": lambda a: (-1.0, [(Virtual("softplus of minus", a), 1.0)]),
     "aten.silu.default": lambda a: (1.0, [(a, 1.0), (Virtual("sigmoid", a), 1.0)]),
     "aten.rms_norm.default": _rms_norm_factors,
 }
@@ -279,13 +300,14 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
     if isinstance(term, Virtual):
         if term.function == function:
             yield term.argument
+        elif function == "softplus" and term.function == "softplus of minus":
+            negative = _negated(term.argument)
+            if negative is not None:
+                yield negative
         return
     name = str(term.target)
-    if function == "mean":
-        yield from _averaged(term)
-    elif function == "sum":
-        if name == "aten.sum.dim_IntList" and _over_last(term):
-            yield term.args[0]  # type: ignore[misc]
+    if function in ("mean", "sum"):
+        yield from _reduced(function, term)
     elif function == "softplus":
         yield from _softplus_of(term)
     elif name == f"aten.{function}.default":
@@ -296,6 +318,7 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
             yield inner.args[0]  # type: ignore[misc, union-attr]
     elif function == "sigmoid":
         yield from _half_of_tanh(term)
+        yield from _one_minus_sigmoid(term)
         for power, inner in _inverses(term):
             if power == -1.0:
                 for negative in _one_plus_exp(inner):
@@ -333,8 +356,16 @@ def _half_of_tanh(term: Term) -> Iterator[Term]:
         yield inner[1]
 
 
+def _one_minus_sigmoid(term: Term) -> Iterator[Term]:
+    """sigmoid(x) = 1 − sigmoid(−x)."""
+    addends = _addends(term)
+    if addends is not None and addends[0] == 1.0 and [times for _, times in addends[1]] == [-1.0]:
+        negatives = map(_negated, _arguments("sigmoid", _uncast(addends[1][0][0])))
+        yield from (x for x in negatives if x is not None)
+
+
 def _softplus_of(term: Node) -> Iterator[Term]:
-    """softplus(x) = log(1 + eˣ) = −log σ(−x) = log(eˣ + e⁰) = relu(x) + log(1 + e^−|x|)."""
+    """softplus(x) = log(1 + eˣ) = −log σ(−x) = log(eˣ + e⁰) = x + softplus(−x) = relu(x) + softplus(−|x|)."""
     name = str(term.target)
     if name == "aten.softplus.default":
         if term.args[1:] in ((), (1,), (1, 20)) and not term.kwargs:
@@ -356,6 +387,7 @@ def _softplus_of(term: Node) -> Iterator[Term]:
             if inner is not None:
                 yield inner
         yield from _relu_and_rest(term)
+        yield from _plus_softplus_of_minus(term)
 
 
 def _where_small(condition: Any, x: Any, small: Any) -> Iterator[Term]:
@@ -392,6 +424,21 @@ def _relu_and_rest(term: Term) -> Iterator[Term]:
                 yield positive  # type: ignore[misc]
 
 
+def _plus_softplus_of_minus(term: Term) -> Iterator[Term]:
+    addends = _addends(term)
+    if addends is None or addends[0] != 0.0 or len(addends[1]) != 2:
+        return
+    for (x, times), (rest, sign) in (addends[1], addends[1][::-1]):
+        own = _uncast(rest)
+        if sign == -1.0 and _is_call(own, "log_sigmoid"):  # x − log σ(x)
+            minus: Any = own.args[0]  # type: ignore[union-attr]
+        else:
+            found = map(_negated, _arguments("softplus", own)) if sign == 1.0 else ()
+            minus = next((y for y in found if y is not None), None)
+        if times == 1.0 and minus is not None and _uncast(minus) is _uncast(x):
+            yield x
+
+
 def _inverses(term: Term) -> Iterator[tuple[float, Term]]:
     factors = _factors(term)
     if factors is not None and factors[0] == 1.0 and len(factors[1]) == 1:
@@ -405,18 +452,16 @@ def _one_plus_exp(term: Term) -> Iterator[Term]:
         yield from _arguments("exp", _uncast(addends[1][0][0]))
 
 
-def _averaged(term: Node) -> Iterator[Term]:
-    """The x of mean(x, -1, keepdim=True), sum(x, -1, keepdim=True) / n and their like."""
-    if str(term.target) == "aten.mean.dim" and _over_last(term):
-        yield term.args[0]  # type: ignore[misc]
-        return
+def _reduced(function: str, term: Node) -> Iterator[Term]:
+    """The x of mean(x, -1, keepdim=True), sum(x, -1, keepdim=True) / n and their like; or of its sum."""
     number, power, part = 1.0, 1.0, _uncast(term)
     while True:
         summed = _summed(part) if power == 1.0 else None
         if summed is not None:
-            x, count = summed
-            whole = round(1 / number) if number else 0
-            if math.isclose(number * whole, 1, rel_tol=1e-6) and statically_known_true(count == whole):
+            of, x, count = summed
+            share = (1 / number if number else 0.0) if function == "mean" else number
+            whole, wanted = round(share) if abs(share) < 2**53 else 0, 1 if of == function else count
+            if math.isclose(share, whole, rel_tol=1e-6) and statically_known_true(whole == wanted):
                 yield x
             return
         factors = _factors(part)
@@ -426,19 +471,37 @@ def _averaged(term: Node) -> Iterator[Term]:
         part, power = _uncast(factors[1][0][0]), power * factors[1][0][1]
 
 
-def _summed(term: Term) -> tuple[Term, Any] | None:
-    """What a term sums over the last dimension, which it keeps, and how much of it there is."""
+def _summed(term: Term) -> tuple[str, Term, Any] | None:
+    """What a term is the sum or mean of over the last dimension, which it keeps, and how much there is."""
+    x: Any = None
     if isinstance(term, Virtual):
-        if term.function != "squares":
+        x = term.argument if term.function == "squares" else None
+    elif str(term.target) == UNSQUEEZE and term.args[1] in (-1, term.meta["val"].dim() - 1):
+        x = _squared_and_summed(term.args[0])
+    elif str(term.target) in (SELECT, SQUEEZE):
+        x = _row_times_itself(term.args[0], term.args[1])
+    elif str(term.target) in _REDUCTIONS and _over_last(term):
+        given: Any = term.args[0]
+        return _REDUCTIONS[str(term.target)], given, given.meta["val"].shape[-1]
+    return None if x is None else ("sum", Virtual("power", x, 2.0), x.meta["val"].shape[-1])
+
+
+_REDUCTIONS = {"aten.mean.dim": "mean", "aten.sum.dim_IntList": "sum"}
+
+
+def _row_times_itself(product: Any, dim: Any) -> Node | None:
+    """The x of (x[…, None, :] @ x[…, None])[…, 0], of whose two single dimensions one is left."""
+    if not isinstance(product, Node) or str(product.target) != MATMUL:
+        return None
+    dims, operands = product.meta["val"].dim(), []
+    for operand, place in zip(product.args, (-2, -1), strict=True):
+        if not isinstance(operand, Node) or str(operand.target) != UNSQUEEZE:
             return None
-        x: Any = term.argument
-        return Virtual("power", x, 2.0), x.meta["val"].shape[-1]
-    if str(term.target) == "aten.unsqueeze.default" and term.args[1] in (-1, term.meta["val"].dim() - 1):
-        squared = _squared_and_summed(term.args[0])
-        return None if squared is None else (Virtual("power", squared, 2.0), squared.meta["val"].shape[-1])
-    if str(term.target) == "aten.sum.dim_IntList" and _over_last(term):
-        return term.args[0], term.args[0].meta["val"].shape[-1]  # type: ignore[return-value, union-attr]
-    return None
+        if operand.args[1] not in (place, operand.meta["val"].dim() + place):
+            return None
+        operands.append(operand.args[0])
+    row, column = operands
+    return row if row is column and dim in (-1, -2, dims - 1, dims - 2) else None  # type: ignore[return-value]
 
 
 def _squared_and_summed(node: Any) -> Node | None:

@@ -25,6 +25,8 @@ DIV = "aten.div.Tensor"
 SUB = "aten.sub.Tensor"
 SUBTRACTED_FROM = frozenset({"aten.rsub.Scalar", "aten.rsub.Tensor"})
 REDUCTIONS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
+SELECT = "aten.select.int"
+SQUEEZE = "aten.squeeze.dim"
 UNSQUEEZE = "aten.unsqueeze.default"
 
 # Spellings of a linear: products with the transpose of a parameter, and the sum that adds a bias.
@@ -32,12 +34,11 @@ ADDMM = "aten.addmm.default"
 EINSUM = "aten.einsum.default"
 BADDBMM = "aten.baddbmm.default"
 MATMUL = "aten.matmul.default"
+MM = "aten.mm.default"
 MV = "aten.mv.default"
 INNER = "aten.inner.default"
 TENSORDOT = "aten.tensordot.default"
-PRODUCTS = frozenset(
-    {MATMUL, MV, INNER, TENSORDOT, "aten.mm.default", "aten.bmm.default", ADDMM, BADDBMM, EINSUM}
-)
+PRODUCTS = frozenset({MATMUL, MM, MV, INNER, TENSORDOT, "aten.bmm.default", ADDMM, BADDBMM, EINSUM})
 ADDS = frozenset({"aten.add.Tensor"})
 
 # Arithmetic that hands on its operand where the other one is this number; whether they may change places.
@@ -47,7 +48,10 @@ ARITHMETIC = {
     "aten.mul.Tensor": (1, True),
     "aten.div.Tensor": (1, False),
 }
+CONSTANT_COPY = "aten.lift_fresh_copy.default"
+DETACH_ = "aten.detach_.default"
 CLONE = "aten.clone.default"
+CONTIGUOUS = "aten.contiguous.default"
 POWER = "aten.pow.Tensor_Scalar"
 
 # Copies of elements that a view, or a cat of them, spells as well.
@@ -55,6 +59,7 @@ ARANGE = frozenset({"aten.arange.default", "aten.arange.start", "aten.arange.sta
 INDEX = "aten.index.Tensor"
 INDEX_SELECT = "aten.index_select.default"
 REPEAT = "aten.repeat.default"
+TILE = "aten.tile.default"
 REPEAT_INTERLEAVE = "aten.repeat_interleave.self_int"
 STACK = "aten.stack.default"
 

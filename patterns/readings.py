@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from fxfuse.patterns.ops import LAYOUT, RESHAPES
+from fxfuse.patterns.ops import EINSUM, LAYOUT, MATMUL, RESHAPES
 
 # Change dtype or strides and nothing else.
 CASTS = frozenset(
@@ -52,6 +52,7 @@ def epsilons(arguments: Iterable[object]) -> list[float]:
 
 CONV1D = "aten.conv1d.default"
 SDPA = "aten.scaled_dot_product_attention.default"
+SOFTMAX = "aten.softmax.int"
 CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
 RECURRENT_DELTA_RULE = "fxfuse.recurrent_gated_delta_rule.default"
 REPEATED_HEADS = "aten.repeat_interleave.self_int"
@@ -69,11 +70,7 @@ REPEATS = BROADCASTS | frozenset(
 )
 
 # What may turn cos and sin into what the rotation of a half reads.
-ON_ANGLES = (
-    REPEATS
-    | LAYOUT
-    | frozenset({"aten.neg.default", "aten.to.dtype", "aten.split_with_sizes.default", "aten.select.int"})
-)
+ON_ANGLES = REPEATS | LAYOUT | frozenset({"aten.neg.default", "aten.repeat.default", "aten.to.dtype"})
 
 # Take consecutive elements along one dimension.
 CUTS = frozenset(
@@ -116,6 +113,23 @@ AFTER_CONVOLUTION = (
             "aten.silu.default",
             "aten.slice.Tensor",
             "aten.tanh.default",
+        }
+    )
+)
+
+# What a convolution is made of that is spelled as products with its taps and their sum.
+IN_SUMS_OVER_TAPS = (
+    AFTER_CONVOLUTION
+    | LAYOUT
+    | PADDINGS
+    | frozenset(
+        {
+            EINSUM,
+            MATMUL,
+            "aten.addcmul.default",
+            "aten.linalg_vecdot.default",
+            "aten.sum.dim_IntList",
+            "aten.unfold.default",
         }
     )
 )

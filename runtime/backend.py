@@ -23,6 +23,7 @@ from fxfuse.passes.program import Weight
 from fxfuse.runtime import capture, inner, leaves, live_weights
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
+from fxfuse.runtime.original import as_it_was
 from fxfuse.runtime.parameter_names import dotted_source, unique_names
 from fxfuse.runtime.parts import Filled, Rewriting, Untraceable
 from fxfuse.runtime.report import GraphRecord, Report, announce
@@ -64,8 +65,9 @@ def backend(
     """
     chosen = Options.of({**(options or {}), **({"mode": mode} if mode is not None else {})})
     session = current_session.get() or _anonymous(example_inputs)
+    original = as_it_was(graph_module)
     try:
-        return _compiled(graph_module, list(example_inputs), chosen, session)
+        return _compiled(graph_module, original, list(example_inputs), chosen, session)
     except (FxfuseError, RestartAnalysis):  # the latter asks Dynamo to trace once more
         raise
     except Exception as error:
@@ -75,16 +77,22 @@ def backend(
         session.report.failures += 1
         session.report.note(reason)
         log.warning(reason, exc_info=log.isEnabledFor(logging.DEBUG))
-        return graph_module.forward
+        return original
 
 
+# By this name torch finds it in its registry, and forgets weak references to parameters once it has compiled.
+backend.__name__ = "fxfuse"
 # Dynamo asks the backend of the graph it traces whether to keep the leaves.
 backend.captures_leaves = True  # type: ignore[attr-defined]
 leaves.install()
 
 
 def _compiled(
-    graph_module: GraphModule, inputs: list[Any], options: Options, session: Session
+    graph_module: GraphModule,
+    original: Callable[..., Any],
+    inputs: list[Any],
+    options: Options,
+    session: Session,
 ) -> Callable[..., Any]:
     started = time.perf_counter()
     leaves.install()  # for the graphs after this one: a family may have been loaded since the last
@@ -104,7 +112,8 @@ def _compiled(
             by_layer=options.mode in (None, "default") and all(each.within_layers for each in passes),
         )
     except Untraceable:
-        return _left_as_it_was(graph_module, inputs, options, session)
+        _say_untraceable(inputs, options, session)
+        return original
     outcomes, phase = rewriting.outcomes(), rewriting.phase()
     record = GraphRecord(phase, *rewriting.nodes(), chosen_inner, outcomes)
     record.plan_digest = rewriting.plan().digest if rewriting.filled else ""
@@ -118,13 +127,13 @@ def _compiled(
             else []
         )
         session.report.graphs.append(record)
-        return graph_module.forward
+        return original
     if not any(outcome.matches for outcome in outcomes.values()):
         nothing = f"nothing matched in a {record.phase} graph: it runs as it was{_first_reason(record)}"
         if session.report.note(nothing):
             log.warning("%s", nothing)
         session.report.graphs.append(record)
-        return _counted(graph_module.forward, record)
+        return _counted(original, record)
 
     with inner.kernels_compiled_beside() if target == "cpu" and chosen_inner == "inductor" else nullcontext():
         run = rewriting.compiled(
@@ -138,19 +147,17 @@ def _compiled(
         [dotted_source(node) for node in position],
         record,
         session,
-        None if options.strict else graph_module.forward,
+        None if options.strict else original,
     )
     record.compile_seconds = time.perf_counter() - started
     session.report.graphs.append(record)  # not before: where compiling fails, nothing was rewritten
     announce(record, options.report)
     if options.verify:
-        return verified(call, graph_module.forward, record, options.strict, session.report)
+        return verified(call, original, record, options.strict, session.report)
     return call
 
 
-def _left_as_it_was(
-    graph_module: GraphModule, inputs: list[Any], options: Options, session: Session
-) -> Callable[..., Any]:
+def _say_untraceable(inputs: list[Any], options: Options, session: Session) -> None:
     kinds = sorted({type(x).__name__ for x in inputs if is_traceable_wrapper_subclass(x)})
     reason = (
         f"a graph runs as it was: its weights are of the tensor subclass {', '.join(kinds)}, "
@@ -164,7 +171,6 @@ def _left_as_it_was(
     if session.report.note(reason):
         log.warning("%s", reason)
     session.report.failures += 1
-    return graph_module.forward
 
 
 def _weights(graph_module: GraphModule, inputs: list[Any], session: Session) -> dict[Node, Weight]:

@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.traceback import preserve_node_meta
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy
 
 Input = torch.Tensor | torch.SymInt | int
@@ -112,19 +113,50 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
 
 
 # Take effect while a graph is traced and leave no call in it.
-_UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
+UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
 
 
 class Unrecorded(Exception):
     """A graph calls what takes effect while it is traced, and would not when it runs."""
+
+    def __init__(self, call: Any) -> None:
+        super().__init__(f"torch.{call.__name__} is lost in tracing: use `with torch.autocast(...)`")
+
+
+class ObeyedAutocast(TorchFunctionMode):
+    """While a graph is traced, the autocast that it enters is on: tracing writes it down and enters nothing.
+
+    What a value is cast to, and so which casts do nothing, depends on it.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._entered: list[torch.autocast] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.amp.autocast_mode._enter_autocast:
+            entered = torch.autocast(*args)
+            entered.__enter__()  # which is written down, too
+            self._entered.append(entered)
+            return entered
+        if func is torch.amp.autocast_mode._exit_autocast and args[0] in self._entered:
+            self._entered.remove(args[0])
+            args[0].__exit__(None, None, None)
+            return None
+        return func(*args, **(kwargs or {}))
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        for entered in reversed(self._entered):
+            entered.__exit__(*raised)
 
 
 class _Retracer(Interpreter):
     """Runs Dynamo's graph to be traced again."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in _UNRECORDED:
-            raise Unrecorded(f"torch.{target.__name__} is lost in tracing: use `with torch.autocast(...)`")
+        if target in UNRECORDED:
+            raise Unrecorded(target)
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()
@@ -145,7 +177,12 @@ class _Retracer(Interpreter):
 
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
-    run = make_fx(lambda *args: _Retracer(graph_module).run(*args), pre_dispatch=True)
+
+    def call(*args: Any) -> Any:
+        with ObeyedAutocast():
+            return _Retracer(graph_module).run(*args)
+
+    run = make_fx(call, pre_dispatch=True)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
         with preserve_node_meta(), mode_of(fakes) or nullcontext():

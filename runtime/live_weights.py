@@ -74,18 +74,16 @@ class Packed:
                 alias = torch.from_dlpack(part)
                 self._own(i, alias, tensor)
                 member.data = alias
-            _packed_by[member] = self
 
     def adopt(self, members: Sequence[Tensor], tensor: Tensor) -> None:
         """Take for packed the members that were made over the rows of `tensor`."""
         for i, member in enumerate(members):
             self._own(i, member, tensor)
-            _packed_by[member] = self
 
     def _own(self, i: int, alias: Tensor, tensor: Tensor) -> None:
-        """The storage of a member keeps the fused memory alive."""
+        """The storage of a member keeps the fused memory alive, and knows where it belongs."""
         storage = alias.untyped_storage()
-        storage.fused = tensor  # type: ignore[attr-defined]
+        storage.fused, storage.packed = tensor, self  # type: ignore[attr-defined]
         self._aliases[i] = StorageWeakRef(storage)
 
     def contains(self, parameter: Tensor) -> bool:
@@ -96,7 +94,16 @@ def _kind(members: Sequence[Tensor]) -> tuple[object, ...]:
     return members[0].dtype, members[0].device, tuple(m.shape for m in members)
 
 
-_packed_by: Any = WeakTensorKeyDictionary()
+def _owner(parameter: Tensor) -> Packed | None:
+    """The packing that a parameter lies in.
+
+    Its memory knows: a parameter that is referred to weakly cannot be swapped (`torch.utils.swap_tensors`).
+    """
+    try:
+        storage = parameter.untyped_storage()
+    except NotImplementedError:  # a subclass around other tensors has none
+        return None
+    return getattr(storage, "packed", None)
 
 
 def packed_parameters(
@@ -129,7 +136,7 @@ class SharedSlot:
         """Gets the fused weight; packs the members, in this order, where they are not packed so already."""
         found = self.found(members)
         if found is None:
-            self.taken += any(is_packed(m) and _packed_by[m] is not self._packed for m in members)
+            self.taken += any(is_packed(m) and _owner(m) is not self._packed for m in members)
             found, tensor = self._packed, None
             if found is not None and found.fits(members) and found.may_overwrite(members):
                 tensor = found.tensor()
@@ -148,7 +155,7 @@ class SharedSlot:
 
     def found(self, members: Sequence[Tensor]) -> Packed | None:
         """Where these members lie packed in this order."""
-        owners = (_packed_by.get(m) for m in members)
+        owners = map(_owner, members)
         return next((owner for owner in owners if owner is not None and owner.holds(members)), None)
 
     def refusal(self, members: Sequence[Tensor], reasons: Sequence[str | None]) -> str | None:
@@ -157,7 +164,7 @@ class SharedSlot:
             return None
         if self.taken >= MOST_TAKEN:
             other = next((i for i, m in enumerate(members) if is_packed(m)), None)
-            if other is not None and _packed_by[members[other]] is not self._packed:
+            if other is not None and _owner(members[other]) is not self._packed:
                 return TAKEN.format("some of its weights")
         return next(filter(None, reasons), None)
 
@@ -302,7 +309,7 @@ def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ..
 
 def is_packed(parameter: Tensor) -> bool:
     """Whether the parameter's memory is part of a fused weight."""
-    packed = _packed_by.get(parameter)
+    packed = _owner(parameter)
     return packed is not None and packed.contains(parameter)
 
 
@@ -322,7 +329,6 @@ def unpack(parameters: Iterable[Tensor]) -> int:
             if is_packed(parameter):
                 parameter.data = parameter.detach().clone()
                 count += 1
-            _packed_by.pop(parameter, None)
             _copies.pop(parameter, None)
     return count
 

@@ -15,12 +15,14 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+from fxfuse.errors import UnsupportedModelError
 from fxfuse.passes import pipeline
 from fxfuse.passes.pipeline import Passes
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
 from fxfuse.runtime import live_weights, ops
+from fxfuse.runtime.capture import UNRECORDED, ObeyedAutocast, Unrecorded
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import GraphRecord, Report
 
@@ -60,8 +62,8 @@ def rewrite(
             whom to lower.
         dynamic: False takes every size as it is in `example_inputs`, which traces in a fraction of the time.
 
-    Raises OptionError for an unknown pass. A graph without the idiom comes back as it was, with an empty
-    plan.
+    Raises OptionError for an unknown pass, and UnsupportedModelError for a graph that switches autocast by
+    calls that tracing loses. A graph without the idiom comes back as it was, with an empty plan.
     """
     options = Options.of({"passes": passes, "weights": weights, "inner": inner, "target": target})
     started = time.perf_counter()
@@ -89,6 +91,11 @@ def traced(
     options: Options,
     dynamic: bool = True,
 ) -> Program:
+    for module in graph_module.modules():
+        calls = module.graph.nodes if isinstance(module, GraphModule) else ()
+        for node in calls:
+            if node.target in UNRECORDED:
+                raise UnsupportedModelError(f"{node.name}: {Unrecorded(node.target)}")
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [
         *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
@@ -97,7 +104,8 @@ def traced(
 
     def call(*args: Any) -> Any:
         named = dict(zip(tensors, args[: len(tensors)], strict=True))
-        return torch.func.functional_call(graph_module, named, args[len(tensors) :])
+        with ObeyedAutocast():
+            return torch.func.functional_call(graph_module, named, args[len(tensors) :])
 
     with mode, torch.no_grad():
         traced = make_fx(call, pre_dispatch=True)(*fakes)

@@ -16,6 +16,7 @@ from fxfuse.runtime.ops import (
     rms_norm,
     sigmoid_gate_mul,
     silu_mul,
+    under_autocast,
 )
 
 __all__ = [
@@ -35,3 +36,5 @@ __all__ = [
     "sigmoid_gate_mul",
     "silu_mul",
 ]
+
+under_autocast.register()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fxfuse
 from fxfuse.runtime.optimize import optimization_report
@@ -147,3 +148,154 @@ def test_gradients_reach_the_first_of_many_layers(make_model: Make, prompt: Tens
         assert_close(gradients(model, prompt), expected)
     report = model.optimization_report
     assert report.calls == 2 and report.matched and not report.failures
+
+
+def freeze_linears(model: Any) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("norm" in name or "embed" in name)
+
+
+FROZEN = pytest.mark.parametrize(
+    "frozen", [pytest.param(False, marks=pytest.mark.slow), True], ids=["trained", "frozen base"]
+)
+DEEP = ("linear_attention", "full_attention") * 2
+
+
+@FROZEN
+@pytest.mark.parametrize("inner", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+def test_dropout_drops_what_it_drops_in_the_plain_model(
+    make_model: Make, prompt: Tensor, frozen: bool, inner: str
+) -> None:
+    """Each layer draws numbers of its own, in the order of the plain model, also where layers share code."""
+    plain = make_model(DEEP, attention_dropout=0.5).train()
+    if frozen:
+        freeze_linears(plain)
+    model = fxfuse.optimize(copy.deepcopy(plain), inner=inner)
+    losses = []
+    for seed in (0, 1, 0):
+        found = []
+        for each in (plain, model):
+            torch.manual_seed(seed)
+            found.append(gradients(each, prompt))
+        assert_close(found[1], found[0])
+        losses.append(found[1]["model.embed_tokens.weight"])
+    assert torch.equal(losses[0], losses[2]) and not torch.allclose(losses[0], losses[1])
+    for mode in (False, True):  # and none where nothing is trained
+        plain.train(mode), model.train(mode)
+        with torch.no_grad():
+            torch.manual_seed(3)
+            expected = plain(prompt).logits
+            torch.manual_seed(3)
+            torch.testing.assert_close(model(prompt).logits, expected, atol=1e-5, rtol=1e-4)
+    assert not model.optimization_report.failures
+
+
+class Dropped(nn.Module):
+    """Layers without biases under dropout: the sum of what comes out is linear in every single weight."""
+
+    def __init__(self, layers: int = 3) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Frozen() for _ in range(layers))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Frozen(nn.Module):
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.a, self.b = (nn.Linear(width, width, bias=False).requires_grad_(False) for _ in range(2))
+        self.own = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout((self.a(x) + self.b(x)) * self.own, 0.5)
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+def test_backward_uses_the_numbers_that_forward_has_drawn_under_inductor() -> None:
+    """Inductor draws others than eager; that it is the same ones in both directions, the sums show."""
+    torch.manual_seed(0)
+    model = fxfuse.optimize(Dropped(), report="off")
+    x = torch.randn(4, 16)
+    seen = set()
+    for _ in range(3):
+        model.zero_grad()
+        total = model(x).sum()
+        total.backward()
+        for layer in model.layers:
+            torch.testing.assert_close(
+                (layer.own.grad * layer.own).sum(), total.detach(), rtol=1e-4, atol=1e-5
+            )
+        seen.add(round(total.item(), 4))
+    report = optimization_report(model)
+    assert report is not None and report.matched == 3 and not report.failures and len(seen) > 1
+
+
+@FROZEN
+def test_a_step_under_autocast_is_as_accurate_as_the_plain_one(
+    make_model: Make, prompt: Tensor, frozen: bool
+) -> None:
+    plain = make_model().train()
+    if frozen:
+        freeze_linears(plain)
+    model = fxfuse.optimize(copy.deepcopy(plain), inner="aot_eager")
+    exact = gradients(copy.deepcopy(plain).double(), prompt)
+    found = []
+    for each in (plain, model):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = each(prompt, labels=prompt, use_cache=False).loss
+        each.zero_grad()
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in each.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() == exact.keys()
+    assert {n: g.dtype for n, g in found[1].items()} == {n: g.dtype for n, g in found[0].items()}
+
+    def error(got: dict[str, Tensor]) -> float:
+        return sum((got[name].double() - value).square().sum().item() for name, value in exact.items()) ** 0.5
+
+    assert 0 < error(found[1]) <= 1.5 * error(found[0])
+    with torch.no_grad():  # and outside of it nothing is left of it
+        torch.testing.assert_close(model(prompt).logits, plain(prompt).logits, atol=1e-5, rtol=1e-4)
+    assert not model.optimization_report.failures
+
+
+class Recomputed(nn.Module):
+    """Two trained linears and a dropout to a layer, computed again in the backward."""
+
+    def __init__(self, nested: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.nested = nested
+
+    def part(self, x: Tensor, first: nn.Module, second: nn.Module) -> Tensor:
+        x = nn.functional.dropout(first(x).relu() + first(x), 0.5)
+        if self.nested:
+            return checkpoint(lambda y: nn.functional.dropout(second(y), 0.5), x, use_reentrant=False)
+        return nn.functional.dropout(second(x), 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in (0, 2):
+            x = checkpoint(self.part, x, self.layers[i], self.layers[i + 1], use_reentrant=False)
+        return x
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_graph_that_runs_as_it_was_computes_again_with_the_same_random_numbers(nested: bool) -> None:
+    """Dynamo leaves those numbers to Inductor, which a graph without a match does not reach."""
+    torch.manual_seed(0)
+    plain = Recomputed(nested)
+    model, x = fxfuse.optimize(copy.deepcopy(plain)), torch.randn(3, 16)
+    for seed in range(2):
+        found = []
+        for each in (plain, model):
+            each.zero_grad()
+            torch.manual_seed(seed)
+            total = each(x).square().sum()
+            total.backward()
+            found.append({n: p.grad.clone() for n, p in each.named_parameters()} | {"": total.detach()})
+        assert_close(found[1], found[0])
+    report = optimization_report(model)
+    assert report is not None and report.calls == 2 and not report.matched and not report.failures

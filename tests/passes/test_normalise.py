@@ -318,6 +318,15 @@ def test_the_grad_mode_is_what_it_was_after_a_call(rewrite_equal: Any) -> None:
     assert targets(rewritten) == ["aten.add.Tensor"]
 
 
+def test_a_constant_without_dimensions_is_a_number(rewrite_equal: Any) -> None:
+    compute = Calls(
+        lambda x: (torch.tensor(3.0) * (x + torch.tensor(0.5)) - torch.tensor(1.0)) / torch.tensor(2.0)
+    )
+    graph = rewrite_equal(compute, [X], passes=(), fill=False).graph_module.graph
+    numbers = [node.args[1] for node in graph.nodes if node.op == "call_function"]
+    assert numbers == [0.5, 3.0, 1.0, 2.0]
+
+
 def test_constants_of_the_module_stay_in_the_graph(rewrite_equal: Any) -> None:
     normal(rewrite_equal, lambda x: x * torch.tensor([1.0, 2.0, 3.0, 4.0]))
 

@@ -1,12 +1,20 @@
 """What leaves the graph has the strides that it had, whatever order a pass computes it in."""
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
 
 from fxfuse import rewrite
+from fxfuse.passes import pipeline
+from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.output_layout import restore_output_layout
+from fxfuse.passes.pipeline import Pass
 from fxfuse.passes.program import Program
 
 
@@ -30,21 +38,85 @@ def test_no_pass_changes_the_strides_of_an_output(dynamic: bool) -> None:
         assert expected.stride() == got.stride() and not got.is_contiguous()
 
 
-@pytest.mark.parametrize("mode", ["fake", "symbolic"])
-def test_an_output_in_another_order_is_copied_into_the_order_that_it_had(mode: str) -> None:
-    inputs = torch.randn(2, 2, 5, 6).unbind()
-    traced = make_fx(gated, tracing_mode=mode, pre_dispatch=True)(*inputs)
-    given = Program(traced, {}, traced.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode)
-    program = given.copy()
-    (output,) = program.graph.find_nodes(op="output")
-    (result,) = output.all_input_nodes
-    with program.graph.inserting_after(result):
-        plain = program.graph.call_function(torch.ops.aten.contiguous.default, (result,))
-    output.replace_input_with(result, plain)
+def part_of_gated(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A result and two views of its memory."""
+    y = gated(x, gate)
+    return y[:, 1:], y, y.select(0, 1)
+
+
+def captured(function: Callable[..., Any], inputs: Sequence[Tensor], mode: str) -> Program:
+    traced = make_fx(function, tracing_mode=mode, pre_dispatch=True)(*inputs)
+    return Program(traced, {}, traced.graph.find_nodes(op="placeholder")[0].meta["val"].fake_mode)
+
+
+def disordered(program: Program) -> Outcome:
+    """What a pass would leave that computes the product by two in the other order."""
+    (product,) = (node for node in program.calls("aten.mul.Tensor") if node.args[1] == 2)
+    with program.graph.inserting_after(product):
+        plain = program.graph.call_function(torch.ops.aten.contiguous.default, (product,))
+    product.replace_all_uses_with(plain, delete_user_cb=lambda user: user is not plain)
+    for user in plain.users:
+        user.meta.pop("val", None)
     program.refresh()
-    assert plain.meta["val"].stride() != result.meta["val"].stride()
-    assert len(restore_output_layout(program, given).matches) == 1
+    assert plain.meta["val"].stride() != product.meta["val"].stride()
+    return Outcome(matches=[Match("disordered", "", (), "")])
+
+
+@pytest.mark.parametrize("mode", ["fake", "symbolic"])
+@pytest.mark.parametrize("function", [gated, part_of_gated])
+def test_an_output_in_another_order_is_copied_into_the_order_that_it_had(
+    mode: str, function: Callable[..., Any]
+) -> None:
+    """With all that share its memory, and go on sharing it."""
+    inputs = torch.randn(2, 2, 5, 6).unbind()
+    given = captured(function, inputs, mode)
+    program = given.copy()
+    disordered(program)
+    outcome = restore_output_layout(program, given)
+    assert len(outcome.matches) == 1 and outcome.misses == []
     program.write_code()
-    expected, got = gated(*inputs), program.graph_module(*inputs)
-    assert torch.equal(expected, got)
-    assert expected.stride() == got.stride() and not got.is_contiguous()
+    expected, got = (tree_leaves(run(*inputs)) for run in (function, program.graph_module))
+    assert all(map(torch.equal, expected, got))
+    assert [y.stride() for y in expected] == [y.stride() for y in got]
+    assert len({y.untyped_storage().data_ptr() for y in got}) == 1
+
+
+def test_what_cannot_be_laid_out_as_it_was_stays_as_it_was() -> None:
+    """The memory of two outputs is written behind the place where a copy of it would be made."""
+
+    def written(x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+        y = gated(x, gate)
+        part = y[:, 1:]
+        part.add_(1)
+        return y, part
+
+    inputs = torch.randn(2, 2, 5, 6).unbind()
+    given = captured(written, inputs, "fake")
+    program, outcomes = pipeline.apply(given, [Pass("disordered", disordered)])
+    assert [y.stride() for y in program.graph_module(*inputs)] == [y.stride() for y in written(*inputs)]
+    assert outcomes["disordered"].matches == []
+    assert "would be laid out otherwise" in outcomes["output_layout"].misses[0].reason
+
+
+class Dropped(nn.Module):
+    """An idle dropout of a transpose, whose strides a product keeps, beside linears to merge."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 3), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return F.dropout(x.transpose(1, 2), 0.5, training=False) * 2, self.q(x), self.k(x)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_behind_an_idle_dropout_strides_are_those_of_eager(inner: str) -> None:
+    """The fake kernel that tracing asks would copy; the real one hands on what it is given."""
+    module, x = Dropped().eval().requires_grad_(False), torch.randn(2, 5, 6)
+    with torch.no_grad():
+        expected = [y.stride() for y in module(x)]
+        rewritten = rewrite(module, [x], passes=("same_input_linears",))
+        assert rewritten.report.matched == 1
+        assert [y.stride() for y in rewritten.graph_module(x)] == expected
+        compiled = torch.compile(module, backend="fxfuse", options={"inner": inner, "report": "off"})
+        assert [y.stride() for y in compiled(x)] == expected

@@ -73,6 +73,15 @@ def test_attention_with_more_values_than_keys_is_no_graph_to_judge_by(
         near_miss(symbolic_trace(Attention()), list(torch.randn(3, 1, 2, 5, 4)), random.Random(0), ["longer"])
 
 
+def test_a_mutant_that_does_not_run_leaves_no_autocast_behind() -> None:
+    """Half of the draws of this kind mix dtypes, and raise before they leave it."""
+    for seed in range(20):
+        module, inputs, _, _ = spelled(BLOCKS["decoded_token"], seed)
+        with contextlib.suppress(ValueError):
+            near_miss(module, inputs, random.Random(seed), ["an autocast region"])
+        assert not torch.is_autocast_enabled("cpu")
+
+
 def check(seeds: Sequence[int]) -> None:
     tally = run(seeds)
     assert tally.wrong == [] == tally.undone, "\n".join([*tally.wrong, *tally.undone])

@@ -78,6 +78,13 @@ def written_through_a_detached_part(x: Tensor) -> Tensor:
     return y + 1
 
 
+def written_constant(x: Tensor) -> Tensor:
+    c = torch.tensor(2.0)
+    y = x + c
+    c.add_(1)
+    return y * c
+
+
 def selected(x: Tensor) -> Tensor:
     return x.index_select(-1, torch.arange(3, 0, -1)) + x.index_select(-1, torch.arange(0, 6, 2))
 
@@ -146,6 +153,77 @@ CASES: dict[str, Callable[..., Any]] = {
         x, w[:3, None, :3], None, 1, "same", 1, 3
     ),
     "dropout in training at rate one": lambda x, w, b: torch.dropout(x, 1.0, True) @ w.t(),
+    "a constant that is written": lambda x, w, b: written_constant(x),
+    "a constant that leaves": lambda x, w, b: (lambda c: (x + c, c))(torch.tensor(2.0)),
+    "a whole constant": lambda x, w, b: x * torch.tensor(3) + torch.tensor(True),
+    "a constant of doubles": lambda x, w, b: x * torch.tensor(0.5, dtype=torch.float64),
+    "a constant minus x": lambda x, w, b: torch.tensor(2.0) - x,
+    "a constant over x": lambda x, w, b: torch.tensor(8.0) / (x.abs() + 1),
+    "constants of whole numbers": lambda x, w, b: x.to(torch.int64) + torch.tensor(2.0),
+    "constants alone": lambda x, w, b: (torch.tensor(2.0) + torch.tensor(3.0)) * x,
+    "a constant twice": lambda x, w, b: (lambda c: c * c * x)(torch.tensor(3.0)),
+    "a constant of one element": lambda x, w, b: b.sum() + torch.tensor([2.0]) + x[0, 0, 0],
+    "a constant that is no number": lambda x, w, b: (x + torch.tensor(float("inf"))) - torch.tensor(1.0),
+    "a scaled constant": lambda x, w, b: torch.add(x, torch.tensor(2.0), alpha=3),
+    "a sum, reshaped to another place": lambda x, w, b: x.sum(-1).reshape(1, 2, 3) + x.sum(-1).view(3, 2, 1),
+    "a sum, reshaped and written": lambda x, w, b: (lambda y: (y.view(2, 3, 1).mul_(2), y * 1))(x.sum(-1)),
+    "a copied transpose that is written": lambda x, w, b: (lambda t: (x @ t, x @ t.mul_(2), t[0] * 1))(
+        w.t().contiguous()
+    ),
+    "a copied transpose of what is written": lambda x, w, b: (
+        lambda v: (lambda t: (v.mul_(2), x @ t))(v.t().contiguous())
+    )(w * 1),
+    "a copied transpose on the left": lambda x, w, b: w.t().contiguous() @ x[..., :4].mT,
+    "rows put back in other sizes": lambda x, w, b: (
+        (x.reshape(6, 8) @ w.t()).view(3, 2, 2, 2) + 1,
+        x @ w.t(),
+    ),
+    "rows put back in other sizes alone": lambda x, w, b: (x.flatten(0, 1) @ w.t()).unflatten(0, (3, 2)) * 2,
+    "rows of one row": lambda x, w, b: (x[0, 0].view(1, 8) @ w.t()).view(1, 2, 2) * 2,
+    "heads of a weight": lambda x, w, b: torch.einsum("bti,hki->bthk", x, w.view(2, 2, 8)) + 1,
+    "heads of a weight that leave": lambda x, w, b: torch.einsum("bti,hki->bthk", x, w.view(2, 2, 8)),
+    "heads of a weight first": lambda x, w, b: torch.einsum("bti,hki->bhtk", x, w.view(2, 2, 8)) + 1,
+    "heads in another order": lambda x, w, b: torch.einsum("bti,hki->btkh", x, w.view(2, 2, 8)) + 1,
+    "columns by heads": lambda x, w, b: (
+        torch.einsum("bthk,ohk->bto", x.view(2, 3, 2, 4), w.view(4, 2, 4)) * 2
+    ),
+    "columns by heads, of one head": lambda x, w, b: (
+        torch.einsum("bthk,ohk->bto", x[..., :4].unsqueeze(2), w.view(4, 2, 4)) * 2
+    ),
+    "columns by heads, turned": lambda x, w, b: (
+        torch.einsum("btkh,ohk->bto", x.view(2, 3, 4, 2), w.view(4, 2, 4)) * 2
+    ),
+    "heads of a column": lambda x, w, b: torch.einsum("bti,hki->bthk", x[..., :1], w.view(2, 2, 8)) + 1,
+    "zeros that are written before they are added": lambda x, w, b: (
+        lambda z: torch.addmm(z.add_(b), x[0], w.t())
+    )(torch.zeros(4)),
+    "zeros of more rows": lambda x, w, b: torch.baddbmm(torch.zeros(2, 3, 4), x, w.t().expand(2, 8, 4)),
+    "a convolution of one tap that leaves": lambda x, w, b: torch.conv1d(x.mT, w[:, :, None], b) * 2,
+    "a convolution of one tap, every other token": lambda x, w, b: (
+        torch.conv1d(x.mT, w[:, :, None], b, stride=2).mT @ w
+    ),
+    "a convolution of one tap in groups": lambda x, w, b: (
+        torch.conv1d(x.mT, w[:, :4, None], b, groups=2).mT @ w
+    ),
+    "a convolution of one tap, padded": lambda x, w, b: (
+        torch.conv1d(x.mT, w.unsqueeze(-1), b, padding=1).mT @ w
+    ),
+    "a convolution of one tap from a part": lambda x, w, b: (
+        torch.conv1d(x[..., :4].mT, w[:, :4, None]).mT @ w
+    ),
+    "a result in memory of its own that leaves": lambda x, w, b: torch.matmul(
+        x, w.t(), out=x.new_empty(2, 3, 4)
+    ),
+    "a result in turned memory that leaves": lambda x, w, b: torch.mul(x, 2, out=torch.empty(2, 8, 3).mT),
+    "a result in a part of memory that leaves": lambda x, w, b: torch.mul(
+        x, 2, out=torch.zeros(2, 3, 16)[..., :8]
+    ),
+    "a result in memory that leaves itself": lambda x, w, b: (lambda y: (torch.mul(x, 2, out=y), y))(
+        torch.zeros(2, 3, 8)
+    ),
+    "a result whose strides are read": lambda x, w, b: torch.mul(
+        x.transpose(0, 1), 2, out=torch.empty(3, 2, 8)
+    ).as_strided((2, 8), (8, 1)),
 }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import difference
+from strangers_steps import NO_STEPS, RETURNED, STEPS, step_inputs
 from torch import Tensor, nn
 
 from fxfuse import rewrite
@@ -86,6 +87,30 @@ NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
     "weight broadcast by hand": lambda m, x: (
         x * torch.rsqrt((x * x).mean(-1, keepdim=True) + EPS) * m.w[None, None, :].expand(B, T, H)
     ),
+    "mean, view": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1).view(B, T, 1) + EPS) * m.w,
+    "epsilon as a tensor": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1, True) + torch.tensor(EPS)) * m.w,
+    "einsum with the weight": lambda m, x: torch.einsum(
+        "...d,d->...d", x * torch.rsqrt(x.pow(2).mean(-1, True) + EPS), 1 + m.w
+    ),
+    "absolute values squared": lambda m, x: x * torch.rsqrt((x.abs() ** 2).mean(-1, True) + EPS) * m.w,
+    "a row times itself": lambda m, x: (
+        x * torch.rsqrt((x[..., None, :] @ x[..., None])[..., 0] / H + EPS) * m.w
+    ),
+    "a row times its column": lambda m, x: (
+        m.w * x / ((x.unsqueeze(-2) @ x.unsqueeze(-1)).squeeze(-1) / H).add(EPS).sqrt()
+    ),
+    "numbers as tensors": lambda m, x: (
+        x
+        * ((x * x).sum(-1, True) * torch.tensor(1.0 / H) + torch.tensor(EPS)).rsqrt()
+        * (torch.tensor(1.0) * m.w)
+    ),
+    "of rows": lambda m, x: (lambda r: (r * torch.rsqrt(r.pow(2).mean(1, True) + EPS) * m.w).view(B, T, H))(
+        x.reshape(-1, H)
+    ),
+    "linalg.norm": lambda m, x: m.w * x / (torch.linalg.norm(x, dim=-1, keepdim=True) ** 2 / H + EPS).sqrt(),
+    "expand_as": lambda m, x: torch.mul(
+        x, (x.square().mean(dim=2, keepdim=True) + EPS).rsqrt().expand_as(x)
+    ).mul(m.w.expand_as(x)),
     "root of the inverse": lambda m, x: x * ((x * x).mean(-1, keepdim=True) + EPS).reciprocal().sqrt() * m.w,
 }
 
@@ -127,6 +152,8 @@ GATES: dict[str, Callable[..., Any]] = {
     "divided": lambda m, y, g: y / (1 + torch.exp(-g)),
     "divided by 1 + exp, reciprocal": lambda m, y, g: torch.reciprocal(1 + torch.exp(g.neg())) * y,
     "double negation": lambda m, y, g: -((-y) * g.sigmoid()),
+    "the complement": lambda m, y, g: y * (1 - torch.sigmoid(-g)),
+    "einsum": lambda m, y, g: torch.einsum("bthd,bthd->bthd", y, g.sigmoid()),
 }
 
 # Linears of one input
@@ -161,6 +188,23 @@ LINEARS: dict[str, Callable[[Any, Tensor], Any]] = {
     "detached": lambda m, x: [F.linear(x.detach(), w) for w in (m.wq, m.wk, m.wv)],
     "out=": lambda m, x: [
         torch.matmul(x, w.t(), out=torch.empty(B, T, w.shape[0])) for w in (m.wq, m.wk, m.wv)
+    ],
+    "out=, of x's own making": lambda m, x: [
+        torch.matmul(x, w.t(), out=x.new_empty(B, T, w.shape[0])) for w in (m.wq, m.wk, m.wv)
+    ],
+    "copies of the transposes": lambda m, x: [x @ w.T.contiguous() for w in (m.wq, m.wk, m.wv)],
+    "heads in an einsum": lambda m, x: [
+        torch.einsum("bti,hki->bthk", x, m.wq.view(2, 8, H)),
+        torch.einsum("hki,bti->bthk", m.wk.unflatten(0, (2, 4)), x),
+        torch.einsum("bti,oi->bto", x, m.wv),
+    ],
+    "convolutions of one tap": lambda m, x: [
+        F.conv1d(x.mT, w[:, :, None], b).mT for w, b in ((m.wq, m.bq), (m.wk, m.bk), (m.wv, m.bv))
+    ],
+    "nothing added": lambda m, x: [
+        torch.addmm(torch.zeros(16), x.reshape(-1, H), m.wq.T).view(B, T, -1),
+        torch.baddbmm(torch.zeros(1, 1, D), x, m.wk.T.expand(B, -1, -1)),
+        x @ m.wv.T,
     ],
     "one row at a time": lambda m, x: [(x.unsqueeze(-2) @ w.t()).squeeze(-2) for w in (m.wq, m.wk, m.wv)],
 }
@@ -209,25 +253,55 @@ def by_halves(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat([a * c1 - b * s1, torch.addcmul(b * c2, a, s2)], dim=-1)
 
 
+def with_half_tables(join: Callable[[Tensor], Tensor]) -> Callable[..., Tensor]:
+    """cos and sin of half the width, made whole on the way."""
+    return lambda y, c, s: y * join(c[..., : D // 2]) + rotate_cat(y) * join(s[..., : D // 2])
+
+
+def by_half_tables(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    (a, b), c, s = y.chunk(2, -1), c[..., : D // 2], s[..., : D // 2]
+    return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
+
+
+def by_signs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    signs = torch.tensor([-1.0] * (D // 2) + [1.0] * (D // 2))
+    return y * c + torch.cat([y[..., D // 2 :], y[..., : D // 2]], -1) * signs * s
+
+
+def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q, k, v = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk, m.wv))
+    c, s = cos[None, None], sin[None, None]
+    q, k = (y * c + rotate_cat(y) * s for y in (q, k))
+    return (torch.softmax(q @ k.mT * D**-0.5, -1) @ v).transpose(1, 2).reshape(B, T, 2 * D)
+
+
 ATTENTIONS: dict[str, Callable[..., Any]] = {
     "rotate_half by cat": attention(),
     "rotate_half by stack": attention(turn=rotate_stack),
     "rotate_half by roll": attention(turn=rotate_roll),
     "addcmul": attention(rotate=lambda y, c, s: torch.addcmul(y * c, rotate_cat(y), s)),
     "by halves": attention(rotate=by_halves),
+    "by half tables": attention(rotate=by_half_tables),
+    "half tables joined": attention(rotate=with_half_tables(lambda t: torch.cat([t, t], dim=-1))),
+    "half tables repeated": attention(rotate=with_half_tables(lambda t: t.repeat(1, 1, 1, 2))),
+    "signs by a constant": attention(rotate=by_signs),
     "expand": attention(repeat=lambda k: k.expand(-1, 2, -1, -1)),
     "five dimensions": attention(repeat=lambda k: k[:, :, None].expand(B, 1, 2, T, D).flatten(1, 2)),
     "repeat": attention(repeat=lambda k: k.unsqueeze(2).repeat(1, 1, 2, 1, 1).reshape(B, 2, T, D)),
     "stacked": attention(repeat=lambda k: torch.stack([k, k], dim=2).flatten(1, 2)),
+    "tiled": attention(repeat=lambda k: k.unsqueeze(2).tile(1, 1, 2, 1, 1).flatten(1, 2)),
     "F.rms_norm": attention(norm=lambda y, w: F.rms_norm(y, (D,), 1 + w, EPS)),
+    "attention by hand": attention_by_hand,
 }
 
 
 def gates(
-    softplus: Callable[[Tensor], Tensor], rate: Callable[[Tensor], Tensor] = torch.sigmoid
+    softplus: Callable[[Tensor], Tensor],
+    rate: Callable[[Tensor], Tensor] = torch.sigmoid,
+    decay: Callable[[Tensor, Tensor], Tensor] = lambda speed, time: -speed * time,
 ) -> Callable[..., Any]:
     def compute(m: Any, x: Tensor) -> Any:
-        g = -m.A_log.float().exp() * softplus(F.linear(x, m.wa).float() + m.dt_bias)
+        g = decay(m.A_log.float().exp(), softplus(F.linear(x, m.wa).float() + m.dt_bias))
         beta = rate(F.linear(x, m.wb))
         q = F.linear(x, m.wq).view(B, T, 2, D)
         return torch.ops.fxfuse.chunk_gated_delta_rule(q, q, q, g, beta, None, True)
@@ -241,6 +315,7 @@ GDN_GATES: dict[str, Callable[..., Any]] = {
     "logaddexp": gates(lambda a: torch.logaddexp(a, torch.zeros_like(a))),
     "logaddexp with a number": gates(lambda a: torch.logaddexp(torch.zeros(()), a)),
     "-logsigmoid(-a)": gates(lambda a: -F.logsigmoid(-a)),
+    "-logsigmoid(-a), negated": gates(lambda a: -F.logsigmoid(-a), decay=lambda speed, time: speed * -time),
     "where": gates(lambda a: torch.where(a > 20, a, a.exp().log1p())),
     "where, the other way": gates(lambda a: torch.where(a <= 20.0, torch.log1p(a.exp()), a)),
     "relu + log1p": gates(lambda a: a.relu() + (-a.abs()).exp().log1p()),
@@ -248,7 +323,26 @@ GDN_GATES: dict[str, Callable[..., Any]] = {
     "F.softplus, named": gates(lambda a: F.softplus(input=a, beta=1, threshold=20)),
     "rate by tanh": gates(F.softplus, lambda b: (b / 2).tanh().add(1).div(2)),
     "rate by exp": gates(F.softplus, lambda b: 1.0 / (1.0 + torch.exp(-b))),
+    "a + log1p(exp(-a))": gates(lambda a: a + torch.log1p(torch.exp(-a))),
+    "a - logsigmoid(a)": gates(lambda a: torch.sub(a, F.logsigmoid(a))),
+    "rate by its complement": gates(F.softplus, lambda b: 1 - torch.sigmoid(-b)),
 }
+
+
+def last_tap_first(m: Any, x: Tensor) -> Tensor:
+    x = x.transpose(1, 2)
+    y = m.taps[:, 0, 3].view(1, -1, 1) * x
+    for i in range(3):
+        y = y + m.taps[:, 0, i].view(1, -1, 1) * F.pad(x, (3 - i, 0))[..., :T]
+    return y * torch.sigmoid(y)
+
+
+def addcmul_over_taps(m: Any, x: Tensor) -> Tensor:
+    padded = torch.cat([x.new_zeros(B, 3, H), x], dim=1)
+    y = padded[:, :T] * m.taps[:, 0, 0]
+    for k in range(1, 4):
+        y = torch.addcmul(y, padded.narrow(1, k, T), m.taps[:, 0, k])
+    return F.silu(y + m.w)
 
 
 def convolved(write: Callable[..., Tensor]) -> Callable[..., Any]:
@@ -273,6 +367,41 @@ CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "silu in place": convolved(
         lambda m, x: F.silu(F.conv1d(x.mT, m.taps, padding=(3,), groups=H)[..., :T], inplace=True)
     ),
+    "shifted products, tokens first": lambda m, x: sum(
+        F.pad(x, (0, 0, 3, 0))[:, k : k + T] * m.taps[:, 0, k] for k in range(4)
+    ),
+    "shifted products": convolved(
+        lambda m, x: F.silu(
+            sum(F.pad(x.mT, (3, 0))[..., k : k + T] * m.taps[:, 0, k][:, None] for k in range(4))
+        )
+    ),
+    "the last tap first": lambda m, x: F.linear(last_tap_first(m, x).mT, m.wk),
+    "windows, einsum": convolved(
+        lambda m, x: F.silu(torch.einsum("bctk,ck->bct", F.pad(x.mT, (3, 0)).unfold(-1, 4, 1), m.taps[:, 0]))
+    ),
+    "windows, sum": convolved(
+        lambda m, x: (F.pad(x.mT, (3, 0)).unfold(2, 4, 1) * m.taps).sum(-1) + m.w[:, None]
+    ),
+    "zeros before, addcmul": addcmul_over_taps,
+}
+
+# Linears whose features are put into another order
+
+
+def reordered(project: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def compute(m: Any, x: Tensor) -> list[Tensor]:
+        parts = project(x, m.wq).view(B, T, 2, 8).split([3, 3, 2], dim=-1)
+        joined = torch.cat([part.reshape(B, T, -1) for part in parts], dim=-1)
+        return [F.linear(joined, m.wd), project(x, m.wk).view(B, T, 2, 4) + 1]
+
+    return compute
+
+
+CHAINS: dict[str, Callable[..., Any]] = {
+    "F.linear": reordered(F.linear),
+    "rows by mm": reordered(lambda x, w: (x.reshape(-1, H) @ w.T).view(B, T, -1)),
+    "rows by F.linear": reordered(lambda x, w: F.linear(x.flatten(0, 1), w).unflatten(0, (B, T))),
+    "rows, put back at once": reordered(lambda x, w: torch.mm(x.view(-1, H), w.t())),
 }
 
 ANGLES = [torch.randn(T, D, generator=torch.Generator().manual_seed(7)) for _ in range(2)]
@@ -284,6 +413,8 @@ SETS: dict[str, tuple[dict[str, Callable[..., Any]], Callable[[], list[Tensor]]]
     "qk_norm_rope_gate": (ATTENTIONS, lambda: [*hidden(), *ANGLES]),
     "gdn_gates": (GDN_GATES, hidden),
     "causal_conv1d": (CONVOLUTIONS, hidden),
+    "layout_chains": (CHAINS, hidden),
+    **STEPS,
 }
 CASES = [(rule, name) for rule, (spellings, _) in SETS.items() for name in spellings]
 
@@ -301,14 +432,19 @@ def test_a_strangers_spelling_is_matched_and_computes_the_same(rule: str, name: 
         assert matches[0].detail.startswith("3 linears")
 
 
+@pytest.mark.parametrize("name", RETURNED)
+def test_a_step_whose_state_is_returned(name: str) -> None:
+    """It is not written over the one before, and leaves the graph as it is."""
+    compute, expected = RETURNED[name]
+    module, given = Block(compute), step_inputs()
+    module.forward = lambda *inputs: compute(module, *inputs)  # type: ignore[method-assign]
+    rewritten = rewrite(module, given, passes=("recurrent_gated_delta_rule",), dynamic=False)
+    reasons = [miss.reason for miss in rewritten.report.misses]
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == expected, reasons
+
+
 # What computes the same, or nearly, and is left alone on purpose; the key says why.
-
-
-def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    q, k, v = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk, m.wv))
-    c, s = cos[None, None], sin[None, None]
-    q, k = (y * c + rotate_cat(y) * s for y in (q, k))
-    return (torch.softmax(q @ k.mT * D**-0.5, -1) @ v).transpose(1, 2).reshape(B, T, 2 * D)
 
 
 def pairs_side_by_side(x: Tensor) -> Tensor:
@@ -316,6 +452,7 @@ def pairs_side_by_side(x: Tensor) -> Tensor:
 
 
 LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
+    **NO_STEPS,
     "the default epsilon of nn.RMSNorm is another one in each dtype": (
         "rms_norm",
         lambda m, x: F.rms_norm(x, (H,), m.w),
@@ -337,15 +474,22 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
         "gdn_gates",
         gates(lambda a: torch.where(a > 1.0, a, a.exp().log1p())),
     ),
-    "attention by hand rounds otherwise and asks for no kernel": ("qk_norm_rope_gate", attention_by_hand),
     "a rotation of pairs side by side": ("qk_norm_rope_gate", attention(turn=pairs_side_by_side)),
     "a linear as a sum of products is no matrix product": (
         "same_input_linears",
         lambda m, x: [(x.unsqueeze(-2) * w).sum(-1) for w in (m.wk, m.wv)],
     ),
-    "a convolution as shifted products": (
+    "shifted products that see what comes": (
         "causal_conv1d",
-        lambda m, x: sum(F.pad(x, (0, 0, 3, 0))[:, k : k + T] * m.taps[:, 0, k] for k in range(4)),
+        lambda m, x: sum(F.pad(x, (0, 0, 0, 3))[:, k : k + T] * m.taps[:, 0, k] for k in range(4)),
+    ),
+    "shifted products of too few columns": (
+        "causal_conv1d",
+        lambda m, x: sum(F.pad(x, (0, 0, 2, 1))[:, k : k + T] * m.taps[:, 0, k] for k in range(4)),
+    ),
+    "shifted products in front of which stand ones": (
+        "causal_conv1d",
+        lambda m, x: sum(F.pad(x, (0, 0, 3, 0), value=1.0)[:, k : k + T] * m.taps[:, 0, k] for k in range(4)),
     ),
     "a convolution that sees what comes": (
         "causal_conv1d",

@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Graph, GraphModule
 
-from fxfuse import rewrite
+from fxfuse import UnsupportedModelError, rewrite
 
 
 def conjugated(x: Tensor) -> Tensor:
@@ -234,3 +235,66 @@ def test_a_convolution_under_autocast_stays_one_that_autocast_leaves_alone() -> 
     with torch.no_grad():
         got, expected = rewrite(Convolved(), [x, w]).graph_module(x, w), Convolved()(x, w)
     assert got.dtype == expected.dtype == torch.float32 and torch.equal(got, expected)
+
+
+class CastBehindAutocast(Beside):
+    """A linear under an autocast of its own, and a cast that does something only because of it."""
+
+    def __init__(self, enabled: bool) -> None:
+        super().__init__(lambda x: x)
+        self.enabled, self.w = enabled, nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.enabled):
+            y = F.linear(x, self.w)
+        return y.to(torch.float32 if self.enabled else torch.bfloat16), self.q(x), self.k(x)
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_cast_behind_an_autocast_that_the_model_enters_stays(enabled: bool) -> None:
+    """Also where the model leaves one that its caller has entered."""
+    torch.manual_seed(0)
+    module, x = CastBehindAutocast(enabled).eval().requires_grad_(False), torch.randn(6, 4)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=not enabled):
+        expected = module(x)
+        got = torch.compile(module, backend="fxfuse", options={"inner": "eager", "report": "off"})(x)
+    assert [y.dtype for y in got] == [y.dtype for y in expected]
+    assert got[0].dtype == (torch.float32 if enabled else torch.bfloat16)
+    assert torch.equal(got[0], expected[0])
+
+
+def test_a_cast_behind_an_autocast_that_a_graph_enters_stays() -> None:
+    torch.manual_seed(0)
+    root, graph = Beside(lambda x: x).eval().requires_grad_(False), Graph()
+    x = graph.placeholder("x")
+    entered = graph.call_function(
+        torch.amp.autocast_mode._enter_autocast, ("cpu", torch.bfloat16, True, False)
+    )
+    rounded = graph.call_module("q", (x,))
+    graph.call_function(torch.amp.autocast_mode._exit_autocast, (entered,))
+    graph.output((graph.call_method("float", (rounded,)), graph.call_module("q", (x,)), rounded))
+    module, given = GraphModule(root, graph), torch.randn(6, 4)
+    with torch.no_grad():
+        expected, got = module(given), rewrite(module, [given]).graph_module(given)
+    assert [y.dtype for y in got] == [torch.float32, torch.float32, torch.bfloat16]
+    assert all(map(torch.equal, got, expected))  # nothing is merged: the two run under different modes
+
+
+def test_an_autocast_is_left_where_tracing_under_it_fails() -> None:
+    class Fails(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            torch.amp.autocast_mode._enter_autocast("cpu", torch.bfloat16, True, False)
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        rewrite(Fails(), [torch.randn(6, 4)])
+    assert not torch.is_autocast_enabled("cpu")
+
+
+def test_a_graph_with_an_autocast_that_tracing_would_lose_is_refused() -> None:
+    graph = Graph()
+    x = graph.placeholder("x")
+    graph.call_function(torch.set_autocast_enabled, ("cpu", True))
+    graph.output(graph.call_function(torch.matmul, (x, x)))
+    with pytest.raises(UnsupportedModelError, match="set_autocast_enabled is lost in tracing"):
+        rewrite(GraphModule(nn.Module(), graph), [torch.randn(4, 4)])

@@ -25,7 +25,7 @@ from fxfuse.runtime.options import Options
 from fxfuse.runtime.rewrite import traced
 from fxfuse.testing.changes import CHANGES, ImpossibleError
 from fxfuse.testing.graph_edits import TRACED
-from fxfuse.testing.mutants import ATTEMPTS
+from fxfuse.testing.mutants import ATTEMPTS, Mutant
 
 
 class Draft(GraphModule):
@@ -118,7 +118,7 @@ def evaluate(module: GraphModule, inputs: Sequence[Any], values: dict[str, Any] 
     raise AssertionError("a graph ends with its output")
 
 
-_EXIT = torch.amp.autocast_mode._exit_autocast
+_ENTER, _EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
 def _check_attention(node: Node, args: Sequence[Any]) -> None:
@@ -126,6 +126,17 @@ def _check_attention(node: Node, args: Sequence[Any]) -> None:
     attends = node.target is torch.ops.aten.scaled_dot_product_attention.default
     if attends and args[1].shape[-2] != args[2].shape[-2]:
         raise ValueError("attention needs as many keys as values")
+
+
+def without_autocast(mutant: Mutant | TracedMutant) -> Callable[..., Any]:
+    """The mutant without the autocast that it enters: what it computes, before it is rounded."""
+    given = mutant.program.graph_module if isinstance(mutant, TracedMutant) else mutant.module
+    module = copy.deepcopy(given) if isinstance(mutant, Mutant) else _copy(given)
+    for node in reversed(module.graph.nodes):
+        if node.target in (_ENTER, _EXIT):
+            module.graph.erase_node(node)
+    module.recompile()
+    return module if isinstance(mutant, Mutant) else lambda *tensors: evaluate(module, tensors)
 
 
 def _attribute(module: nn.Module, name: str) -> Any:

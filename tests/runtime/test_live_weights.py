@@ -9,7 +9,7 @@ import sys
 import textwrap
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -369,6 +369,28 @@ def _load(model: Any, name: str, value: Tensor) -> None:
 
 def _assign(model: Any, name: str, value: Tensor) -> None:
     model.load_state_dict({name: value.clone()}, strict=False, assign=True)
+
+
+@pytest.fixture
+def swapping() -> Iterator[None]:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    yield
+    torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+@pytest.mark.parametrize("inner", INNERS)
+def test_parameters_that_torch_swaps_as_a_whole_are_packed_again(
+    inner: str, make_model: Make, prompt: Tensor, plain_logits: Callable[..., Tensor], swapping: None
+) -> None:
+    model = fxfuse.optimize(make_model(), inner=inner)
+    answers(model, prompt)
+    objects = list(model.parameters())
+    model.to(torch.float64)
+    torch.testing.assert_close(answers(model, prompt), plain_logits(model, prompt))
+    model.load_state_dict({name: torch.rand_like(p) * 0.1 for name, p in model.state_dict().items()})
+    torch.testing.assert_close(answers(model, prompt), plain_logits(model, prompt))
+    assert all(p is same for p, same in zip(model.parameters(), objects, strict=True))
+    assert sum(map(live_weights.is_packed, objects)) > 2
 
 
 WAYS = [_in_place, _unseen, _data, _parameter, _load, _assign]

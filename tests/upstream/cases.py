@@ -572,8 +572,7 @@ OTHERS: tuple[Row, ...] = (
     (
         "torch.utils.swap_tensors",
         "weights exchanged as a whole",
-        "not shown: refused by torch after the first call, since packed parameters are referred to weakly; "
-        "deoptimize first",
+        LIVE + "parameters_that_torch_swaps_as_a_whole_are_packed_again",
     ),
 )
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 from torch.overrides import TorchFunctionMode
 
+from fxfuse.runtime.capture import ObeyedAutocast
 from fxfuse.testing.changes import CHANGES, ImpossibleError
 
 __all__ = ["CHANGES", "Mutant", "near_miss", "values_of"]
@@ -62,7 +63,7 @@ def near_miss(
                 mutant.graph.lint()
                 mutant.recompile()
                 # a call of the module itself would print what fails
-                with torch.no_grad(), _AttentionOverItsKeys():
+                with torch.no_grad(), ObeyedAutocast(), _AttentionOverItsKeys():
                     type(mutant).forward(mutant, *copy.deepcopy(list(inputs)))
             except ImpossibleError:
                 break
