@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from harness import Case, Peer, arguments
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3_5ForCausalLM
 
 import fxfuse
@@ -162,6 +162,25 @@ def case_of(name: str, contenders: Sequence[Contender], peers: Sequence[Peer], *
     return Case(name, tuple(peers), dtype=contenders[0].model.dtype, **more)
 
 
+class _Widened(nn.Module):
+    """A module that computes with its weights in a wider dtype, which it has only as long as that takes."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = [module], dtype  # in a list: no submodule, whose weights `to` would cast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (module,) = self.module
+        weights = {name: weight.to(self.dtype) for name, weight in module.named_parameters()}
+        return torch.func.functional_call(module, weights, args, kwargs)
+
+
+def widened(model: Model, dtype: torch.dtype) -> Model:
+    """A copy in a wider dtype. Stacks of experts, most of a model's memory, are cast layer by layer in use."""
+    stacks = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    return copy.deepcopy(model, {id(stack): _Widened(stack, dtype) for stack in stacks}).to(dtype)
+
+
 def right(
     reference: Contender,
     candidate: Contender,
@@ -183,7 +202,7 @@ def right(
             function(candidate),
             ids,
             dtype=wide,
-            high_precision=function(replace(reference, model=copy.deepcopy(model).to(wide))),
+            high_precision=function(replace(reference, model=widened(model, wide))),
             slack=default_slack(model.config.hidden_size),
             grad=grad,
         )
