@@ -176,7 +176,7 @@ class _Widened(nn.Module):
 
 
 def widened(model: Model, dtype: torch.dtype) -> Model:
-    """A copy in a wider dtype. Stacks of experts, most of a model's memory, are cast layer by layer in use."""
+    """A copy in a wider dtype; stacks of experts, most of a model's memory, are cast one by one in use."""
     stacks = [module for name, module in model.named_modules() if name.endswith(".experts")]
     return copy.deepcopy(model, {id(stack): _Widened(stack, dtype) for stack in stacks}).to(dtype)
 

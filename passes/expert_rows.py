@@ -1,6 +1,6 @@
 """A grouped product of a few rows reads each row's expert where it lies, as a reduction.
 
-Before: y = grouped_mm(x, Wᵀ, offsets)        x: [S, K] sorted by expert, W: [E, N, K], offsets: [E], ascending
+Before: y = grouped_mm(x, Wᵀ, offsets)        x: [S, K] sorted by expert, W: [E, N, K], offsets: [E]
 After:  y[s] = (W[e[s]].float() * x[s].float()).sum(-1), e[s] the number of offsets ≤ s, in x's dtype again
 
 Inductor reads the chosen rows of W at the speed of memory; the grouped product goes through all experts. Rows
