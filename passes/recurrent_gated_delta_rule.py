@@ -104,6 +104,14 @@ def _is_per_head(node: Node, batch: Any, heads: int, width: int | None) -> bool:
     return own and (heads % shape[1] == 0 if width is not None else shape[1] == heads)
 
 
+def _is_flat(node: Node, batch: Any, width: int) -> bool:
+    """[B, 1, heads · width] or [B, heads · width]: one token with its heads side by side."""
+    value = node.meta.get("val")
+    if not isinstance(value, Tensor) or value.dim() not in (2, 3):
+        return False
+    return equal_sizes(value.shape, (batch, *(1,) * (value.dim() - 2), width))
+
+
 def _origin(node: Node, batch: Any, heads: int, width: int | None, dtype: torch.dtype | None) -> Node | None:
     """The farthest node behind moves that has the shape of one token's heads, and the dtype if given."""
     found = None
@@ -215,13 +223,13 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     batch, heads, _, dv = found.sizes
     writers, dependents = writers_of(program.graph), _dependents(found.state)
     before = set(behind([found.new], ()))
-    results = [
-        n
-        for n in program.graph.nodes
-        if n in dependents and n not in before and _is_per_head(n, batch, heads, dv)
-    ]
-    first = next((n for n in results if found.new in behind([n], ())), None)
-    if first is None:
+    late = [n for n in program.graph.nodes if n in dependents and n not in before]
+    by_head = [n for n in late if _is_per_head(n, batch, heads, dv)]
+    for results in (by_head, [n for n in late if _is_flat(n, batch, heads * dv)]):
+        first = next((n for n in results if found.new in behind([n], ())), None)
+        if first is not None:
+            break
+    else:
         return None
     core = (set(behind([first], ())) | before) & dependents
     refused: Refused | None = None
@@ -283,8 +291,10 @@ def _replace(program: Program, found: Candidate, region: list[Node], result: Nod
             state = call(program, result, aten.clone.default, state)
             state.kwargs = {"memory_format": torch.contiguous_format}
         out = call(program, result, rule, *given, state, reading.normalise)
-        value = result.meta["val"]
-        if value.dim() == 3:
+        value, (batch, heads, _, dv) = result.meta["val"], found.sizes
+        if not _is_per_head(result, batch, heads, dv):
+            out = call(program, result, aten.flatten.using_ints, out, 2 if value.dim() == 3 else 1, 3)
+        elif value.dim() == 3:
             out = call(program, result, aten.squeeze.dim, out, 1)
         elif not statically_known_true(value.shape[1] == 1):
             out = call(program, result, aten.transpose.int, out, 1, 2)

@@ -96,10 +96,12 @@ def delta_step(
     apart: bool = False,
     returned: bool = False,
     undecayed: bool = False,
+    joined: bool = False,
 ) -> Callable[..., Any]:
     """Query and key have two heads; `early`: normalised before those are repeated.
 
-    `undecayed`: the memory is read before it decays, which is another rule.
+    `undecayed`: the memory is read before it decays, which is another rule. `joined`: read by a product of
+    matrices, whose rows are the heads side by side.
     """
 
     def compute(
@@ -115,6 +117,9 @@ def delta_step(
         moved = moved + k[..., None] * delta[..., None, :]
         out = (moved * (q * D**-0.5)[..., None]).sum(-2)
         out = out[:, :, None].transpose(1, 2).contiguous().to(query.dtype)
+        if joined:
+            rows = torch.bmm((q * D**-0.5).reshape(-1, 1, D), moved.reshape(-1, D, D))
+            out = rows.to(query.dtype).view(B, 1, -1)
         if returned:
             return [out, moved]
         state.copy_(moved)
@@ -143,12 +148,14 @@ DELTA_STEPS: dict[str, Callable[..., Any]] = {
     "einsum": delta_step(lambda x: x * torch.rsqrt(torch.einsum("...d,...d->...", x, x)[..., None] + EPS)),
     "mean times n": delta_step(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) * D + EPS)),
     "the rate on value and memory": delta_step(apart=True),
+    "heads side by side at once": delta_step(joined=True),
 }
 
 # The new state leaves the graph; how many matches there are
 RETURNED: dict[str, tuple[Callable[..., Any], int]] = {
     "as the model has it": (delta_step(returned=True), 1),
     "norms before": (delta_step(early=True, apart=True, returned=True), 1),
+    "heads side by side": (delta_step(joined=True, returned=True), 1),
     "read before it decays": (delta_step(undecayed=True, returned=True), 0),
     "doubled": (lambda m, *given: doubled(*delta_step(returned=True)(m, *given)), 0),
 }

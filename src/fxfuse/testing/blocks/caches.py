@@ -29,6 +29,6 @@ BLOCKS = (
         "cache_lengths",
         _draw,
         _write_lengths,
-        whole=lambda sizes: f"{sizes['layers']} counts",
+        whole=lambda sizes: f"{sizes['layers']} counts" if sizes["layers"] > 1 else "count",
     ),
 )
