@@ -1,4 +1,4 @@
-"""A grouped product of few rows becomes a reduction over the rows' own experts: only such a one, bit for bit."""
+"""A grouped product of few rows becomes a reduction over each row's own expert: only such a one, exactly."""
 
 from typing import Any
 
