@@ -201,6 +201,14 @@ def works(widths: Widths, batch: int, length: int, dtype: torch.dtype, device: s
             *(mixed, taps, None, None, None, True),
             written=[mixed],
         )
+        few = mixed[..., : causal_conv1d_update.MAX_LENGTH]
+        yield _work(
+            "causal_conv1d_update, few tokens",
+            causal_conv1d_update.launch,
+            causal_conv1d_update.reference,
+            *(few, conv_state, taps, None, True),
+            written=[few, conv_state],
+        )
 
     row = new(batch, length, (2 * widths.heads + 2 * widths.kv_heads) * HEAD_DIM)
     parts = row.split([2 * widths.heads * HEAD_DIM, *[widths.kv_heads * HEAD_DIM] * 2], dim=-1)

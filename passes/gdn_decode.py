@@ -276,6 +276,7 @@ def _replace(program: Program, found: Candidate, reading: Reading) -> None:
             reading.norm_weight,
             found.state,
             reading.eps,
+            program.round_beta,
         )
         shaped = call(program, found.result, aten.reshape.default, out, _shape_of(found.result))
     program.graph.erase_node(anchor)

@@ -76,7 +76,7 @@ def run(program: Program) -> Outcome:
     for rule, bound, region in found:
         with program.graph.inserting_before(rule):
             target: Any = torch.ops.fxfuse.gdn_gates.default
-            gates = call(program, rule, target, *(bound[name] for name in ARGUMENTS))
+            gates = call(program, rule, target, *(bound[name] for name in ARGUMENTS), program.round_beta)
             decay, rate = (call(program, rule, operator.getitem, gates, i) for i in range(2))
         rule.args = (*rule.args[:3], decay, rate, *rule.args[5:])
         erase(program, region)

@@ -25,6 +25,7 @@ from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
     equal_sizes,
+    layout_matters,
     layout_shows,
     same_memory,
     storage_of,
@@ -185,11 +186,13 @@ def _one_convolution(program: Program) -> None:
 
 def _kept_dimension(program: Program) -> None:
     """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums and reshapes."""
-    writes = StorageWrites(program.graph)
+    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
     for node in program.calls(ops.UNSQUEEZE, ops.RESHAPE):
         reduced = node.args[0]
         if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
             continue
+        if len(reduced.users) > 1 and storage_of(node) in fixed:
+            continue  # both leave the graph, in one memory
         dims = reduced.args[1]
         keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
         whole: Node = reduced.args[0]  # type: ignore[assignment]

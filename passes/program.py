@@ -6,7 +6,7 @@ import copy
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from operator import attrgetter
 from typing import Any
@@ -56,13 +56,17 @@ class _Draft(GraphModule):
 
 @dataclass
 class Program:
-    """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder."""
+    """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder.
+
+    `copy_weights` and `round_beta` are what `Options` says of them.
+    """
 
     graph_module: GraphModule
     weights: dict[str, Weight]
     fake_mode: Any = None
     grad_enabled: bool = False
     copy_weights: bool = False
+    round_beta: bool = False
     fused: list[FusedWeight] = field(default_factory=list)
 
     @property
@@ -80,9 +84,7 @@ class Program:
             new.meta = dict(old.meta)
             if hasattr(old, "_dynamo_source"):
                 new._dynamo_source = old._dynamo_source
-        return Program(
-            graph_module, self.weights, self.fake_mode, self.grad_enabled, self.copy_weights, list(self.fused)
-        )
+        return replace(self, graph_module=graph_module, fused=list(self.fused))
 
     def is_copy_of(self, other: Program) -> bool:
         """Whether this is what `other.copy()` gives: nothing in it was changed since."""

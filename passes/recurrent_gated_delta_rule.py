@@ -38,7 +38,10 @@ MOVES = readings.REPEATS | (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A state [B, HV, dk, dv] and what is computed from it: a call overwrites it, or both stay."""
+    """A state [B, HV, dk, dv] and what is computed from it: a call overwrites it, or both stay.
+
+    Where it is computed in place, the last call that does so is both.
+    """
 
     write: Node | None
     state: Node
@@ -66,6 +69,11 @@ def candidates(program: Program) -> Iterator[Candidate]:
         if _is_state(state) and new in _dependents(state):
             yield Candidate(write, state, new)
     writers, (output,) = writers_of(program.graph), program.graph.find_nodes(op="output")
+    for state in filter(_is_state, program.placeholders()):  # computed in its own memory
+        last = next(reversed(writers.get(storage_of(state), ())), None)
+        whole = last is not None and equal_sizes(last.meta["val"].shape, state.meta["val"].shape)
+        if last is not None and whole and str(last.target) != COPY and last in _dependents(state):
+            yield Candidate(last, state, last)
     states = [n for n in program.placeholders() if _is_state(n) and storage_of(n) not in writers]
     for new in (n for n in output.all_input_nodes if n.op == "call_function" and _is_state(n)):
         for state in (n for n in states if equal_sizes(n.meta["val"].shape, new.meta["val"].shape)):
@@ -239,7 +247,10 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             tensors = {n for n in read_by(whole) if isinstance(n.meta.get("val"), Tensor)}
             if found.new not in whole or tensors - {*reading.operands, found.state}:
                 continue
-            reason = _reason(guards, judge, found, result, whole, reading)
+            try:
+                reason = _reason(guards, judge, found, result, whole, reading)
+            except Refused as refusal:  # of this reading, by the operator itself: another one may be right
+                reason = refusal.node, refusal.reason
             if reason is None:
                 return whole, result, reading
             refused = Refused(*reason)

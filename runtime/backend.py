@@ -109,6 +109,7 @@ def _compiled(
             weights,
             passes,
             copy_weights=options.weights == "copy",
+            round_beta=options.round_beta,
             by_layer=options.mode in (None, "default") and all(each.within_layers for each in passes),
         )
     except Untraceable:

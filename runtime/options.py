@@ -29,6 +29,8 @@ class Options:
         target: for which kind of device to lower; "auto" is the one that the inputs of the graph are on.
         mode: a mode of torch.compile, for the inner backend inductor.
         strict: raise where the default leaves the original computation alone.
+        round_beta: round the rate of Gated DeltaNet, β = sigmoid(b), to the dtype of b, as transformers' code
+            does; kernels otherwise keep it in float32, with which the state drifts less. For "cuda" only.
         verify: run the original graph once beside each compiled one and compare.
         report: what is said of each compiled graph: "auto" prints a table on a terminal and logs one line
             elsewhere, "log" logs one line, "off" nothing but warnings.
@@ -39,6 +41,7 @@ class Options:
     inner: Inner = "inductor"
     target: Target = "auto"
     mode: Mode | None = None
+    round_beta: bool = False
     strict: bool = False
     verify: bool = False
     report: Show = "auto"
@@ -47,7 +50,7 @@ class Options:
         for name, allowed in (("weights", Weights), ("inner", Inner), ("target", Target), ("report", Show)):
             _check_choice(name, getattr(self, name), get_args(allowed))
         _check_choice("mode", self.mode, (None, *get_args(Mode)))
-        for name in ("strict", "verify"):
+        for name in ("round_beta", "strict", "verify"):
             _check_choice(name, getattr(self, name), (True, False))
         if not isinstance(self.passes, str):
             own = (str, pipeline.Pass)

@@ -93,6 +93,7 @@ class Rewriting:
         *,
         copy_weights: bool,
         by_layer: bool,
+        round_beta: bool = False,
     ) -> None:
         """`by_layer` allows to work on each distinct layer once, where the graph is one that can be cut."""
         self.graph_module = graph_module
@@ -100,6 +101,7 @@ class Rewriting:
         self._weights = weights
         self._passes = passes
         self._copy_weights = copy_weights
+        self._round_beta = round_beta
         self._fakes = capture.Fakes(graph_module, inputs)
         self._pieces: list[Piece] = []
         self.uses: list[Use] = []
@@ -156,7 +158,14 @@ class Rewriting:
             if old in self._weights
         }
         mode = capture.mode_of(fakes)
-        given = Program(traced, weights, mode, torch.is_grad_enabled(), copy_weights=self._copy_weights)
+        given = Program(
+            traced,
+            weights,
+            mode,
+            torch.is_grad_enabled(),
+            copy_weights=self._copy_weights,
+            round_beta=self._round_beta,
+        )
         return Part(given, *pipeline.apply(given, self._passes), piece)
 
     def _renaming(self, piece: Piece, other: Piece) -> Callable[[str], str] | None:

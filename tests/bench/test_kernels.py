@@ -35,7 +35,7 @@ BOTH = {
     "qk_norm_rope_gate",
     "qkvzba_split",
 }
-PROMPT = {"causal_conv1d", "chunk_gated_delta_rule"}
+PROMPT = {"causal_conv1d", "causal_conv1d_update", "chunk_gated_delta_rule"}
 DECODE = {"causal_conv1d_update", "recurrent_gated_delta_rule", "gdn_decode"}
 
 
@@ -94,7 +94,7 @@ for length in (1, 5):
             assert not kernels._matches(wrong)
 print(len(names))
 """
-    assert interpreted(code) == ["17"]
+    assert interpreted(code) == ["18"]
 
 
 TINY = """

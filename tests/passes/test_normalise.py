@@ -159,6 +159,12 @@ def test_a_view_that_leaves_the_graph_is_still_a_view(rewrite_equal: Any) -> Non
     assert second is not X
 
 
+def test_a_sum_and_its_kept_form_leave_the_graph_in_one_memory(rewrite_equal: Any) -> None:
+    module = Calls(lambda x: (lambda y: [y, y.view(2, 3, 1), y.unsqueeze(-1)])(x.sum(-1)))
+    made = rewrite_equal(module, [X], passes=(), fill=False).graph_module(X)
+    assert len({y.data_ptr() for y in made}) == 1
+
+
 def test_what_nobody_reads_is_dropped(rewrite_equal: Any) -> None:
     assert normal(rewrite_equal, lambda x: [(x * 2).exp().split(1), x + 1][1]) == ["aten.add.Tensor"]
 

@@ -128,6 +128,23 @@ def delta_step(
     return compute
 
 
+def in_place(rank: Callable[[Tensor, Tensor, Tensor], Any], before: bool = False) -> Callable[..., Any]:
+    """The state decays and is added to where it is; `before`: it is read out too early."""
+
+    def compute(
+        m: Any, query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor
+    ) -> Tensor:
+        q, k = (l2_norm(x[:, 0].repeat_interleave(2, dim=1).float()) for x in (query, key))
+        state *= g[:, 0].exp()[..., None, None]
+        known = torch.einsum("bhkv,bhk->bhv", state, k)
+        early = torch.einsum("bhkv,bhk->bhv", state, q * D**-0.5)
+        rank(state, k, beta[:, 0].float().unsqueeze(-1) * (value[:, 0].float() - known))
+        out = early if before else torch.einsum("bhkv,bhk->bhv", state, q * D**-0.5)
+        return out.unsqueeze(1).to(query.dtype)
+
+    return compute
+
+
 def doubled(out: Tensor, state: Tensor) -> list[Tensor]:
     return [out, state * 2]
 
@@ -149,6 +166,9 @@ DELTA_STEPS: dict[str, Callable[..., Any]] = {
     "mean times n": delta_step(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) * D + EPS)),
     "the rate on value and memory": delta_step(apart=True),
     "heads side by side at once": delta_step(joined=True),
+    "in place": in_place(lambda state, k, v: state.add_(k.unsqueeze(-1) * v.unsqueeze(-2))),
+    "in place, addcmul": in_place(lambda state, k, v: state.addcmul_(k[..., None], v[..., None, :])),
+    "in place, einsum": in_place(lambda state, k, v: state.__iadd__(torch.einsum("bhk,bhv->bhkv", k, v))),
 }
 
 # The new state leaves the graph; how many matches there are
@@ -184,7 +204,7 @@ def eager(repeat: Callable[[Tensor], Tensor] = repeated, before: bool = False) -
     return compute
 
 
-def in_place(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+def scores_in_place(m: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     scores = q @ k.repeat_interleave(2, 1).permute(0, 1, 3, 2)
     scores /= math.sqrt(D)
     scores += mask
@@ -211,7 +231,7 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "matmul, softmax, matmul": eager(),
     "of repeat_interleave": eager(lambda x: x.repeat_interleave(2, dim=1)),
     "the query scaled": eager(before=True),
-    "scores in place": in_place,
+    "scores in place": scores_in_place,
 }
 
 STEPS: dict[str, tuple[dict[str, Callable[..., Any]], Callable[[], list[Tensor]]]] = {
@@ -253,6 +273,14 @@ NO_STEPS: dict[str, tuple[str, Callable[..., Any]]] = {
     "the last column is not kept": ("causal_conv1d_update", two_states),
     "the products are read, too": ("causal_conv1d_update", read_by_others),
     "the memory is read before it decays": ("recurrent_gated_delta_rule", delta_step(undecayed=True)),
+    "the memory is read out before it is added to": (
+        "recurrent_gated_delta_rule",
+        in_place(lambda state, k, v: state.add_(k[..., None] * v[..., None, :]), before=True),
+    ),
+    "added to by half": (
+        "recurrent_gated_delta_rule",
+        in_place(lambda state, k, v: state.addcmul_(k[..., None], v[..., None, :], value=0.5)),
+    ),
     "the heads follow each other, not the repeats": ("grouped_query_attention", eager(one_group)),
     "and for the library": ("grouped_query_attention", by_library(one_group)),
 }

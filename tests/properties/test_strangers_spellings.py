@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from equality import difference
-from strangers_steps import NO_STEPS, RETURNED, STEPS, step_inputs
+from strangers_steps import DELTA_STEPS, NO_STEPS, RETURNED, STEPS, step_inputs
 from torch import Tensor, nn
 
 from fxfuse import rewrite
@@ -430,6 +430,16 @@ def test_a_strangers_spelling_is_matched_and_computes_the_same(rule: str, name: 
     assert len(matches) == 1, reasons or "no candidate was seen"
     if rule == "same_input_linears":
         assert matches[0].detail.startswith("3 linears")
+
+
+@pytest.mark.parametrize("name", DELTA_STEPS)
+def test_a_step_in_one_dtype(name: str) -> None:
+    """Nothing but shapes tells a value from a key of as many features."""
+    module, given = Block(DELTA_STEPS[name]), [x.float() for x in step_inputs()]
+    rewritten = rewrite(module, given, passes=("recurrent_gated_delta_rule",), dynamic=False)
+    reasons = [miss.reason for miss in rewritten.report.misses]
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 1, reasons
 
 
 @pytest.mark.parametrize("name", RETURNED)

@@ -78,6 +78,7 @@ def assert_few(blocks: list[Block], most: dict[str, int]) -> None:
         assert all(len(block.launches) <= count for block in of_kind), "\n".join(map(str, of_kind))
     names = [launch.names for block in blocks for launch in block.launches if block.kind == "linear_attn"]
     assert ("gdn_decode",) in names, "no launch is gdn_decode"
+    assert ("qkvzba_split",) not in names, "the row is copied apart"
 
 
 @pytest.mark.parametrize("size", WIDTHS)
@@ -96,6 +97,10 @@ def test_interleaved_projections_cost_no_launch() -> None:
 
 
 def test_a_mixture_of_experts_has_the_same_mixers_and_takes_what_torch_takes_to_route() -> None:
+    """The limit of 4 is a dense MLP's: one of experts also has a router, its sort and the shared expert.
+
+    Counted are all of them, as transformers writes them for grouped matrix products, and the norm behind.
+    """
     report, blocks = decode_blocks(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, **WIDE, **EXPERTS)
     assert not report.misses
     (block,) = (block for block in blocks if block.kind == "mlp")
@@ -135,6 +140,26 @@ def test_a_batch_takes_no_more_launches_than_one_sequence(
         with torch.no_grad():
             model(torch.ones(4, length, dtype=torch.long), past_key_values=cache, use_cache=True)
     assert_few(blocks_of(seen[-1].graph), MOST)
+
+
+class LoneNorm(nn.Module):
+    """An l2 norm that no delta rule reads, between two linears."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = nn.functional.silu(self.a(x))
+        return self.b(y * torch.rsqrt((y * y).sum(-1, keepdim=True) + 1e-6) * 8**-0.5)
+
+
+def test_an_l2_norm_that_no_rule_reads_is_one_launch_with_its_neighbours() -> None:
+    module, given = LoneNorm().requires_grad_(False), [torch.randn(3, 8)]
+    found = fxfuse.rewrite(module, given, passes="default", target="cuda")
+    ran = [launch for _, launch in launches(found.graph_module.graph)]
+    assert [launch.kind for launch in ran] == ["library", "inductor", "library"]
+    assert {"silu", "rsqrt", "sum"} <= set(ran[1].names)
 
 
 def test_pointwise_calls_that_feed_each_other_are_one_launch_and_views_are_none() -> None:

@@ -85,6 +85,34 @@ def test_the_lowered_graphs_compute_what_the_model_does(
     several = operators(graphs[2])
     assert several["causal_conv1d_update"] == several["chunk_gated_delta_rule"] == 1
     assert not [cat for cat in graphs[2].calls("aten.cat.default") if "linear_attn" in module_path(cat)]
+    assert rounding(graphs) == {"fxfuse.gdn_gates.default": {False}, "fxfuse.gdn_decode.default": {False}}
+    assert not model.optimization_report.misses
+
+
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("kind", "cache"),
+    [
+        ("contiguous", "static"),
+        ("interleaved", "dynamic"),
+        pytest.param("contiguous", "dynamic", marks=slow),
+        pytest.param("interleaved", "static", marks=slow),
+    ],
+)
+def test_prompts_with_padding_on_the_left_give_what_the_model_gives(
+    make_model: Make, make_next: Make, ids: Tensor, cache: str, kind: str, graphs: list[Program]
+) -> None:
+    mask = torch.ones(ids.shape, dtype=torch.long)
+    mask[1, :4] = 0
+    make = make_model if kind == "contiguous" else make_next
+    model = make(num_attention_heads=4, num_key_value_heads=2)
+    without = steps(copy.deepcopy(model), CACHES[cache](model), ids)
+    with_mask = steps(copy.deepcopy(model), CACHES[cache](model), ids, mask)
+    assert not torch.allclose(without[-1][1], with_mask[-1][1], rtol=1e-3, atol=1e-3)
+    assert_equal_steps(model, cache, ids, mask)
+    assert operators(graphs[1])["gdn_decode"] == 1
     assert not model.optimization_report.misses
 
 
@@ -164,6 +192,22 @@ def test_lowered_graphs_in_bfloat16_are_no_less_exact_than_eager(cache: str) -> 
     )
     assert len(report.comparisons) >= 7
     assert not model.optimization_report.misses
+
+
+def test_one_switch_rounds_the_rate_as_the_model_does(
+    make_model: Make, ids: Tensor, graphs: list[Program]
+) -> None:
+    model = make_model().bfloat16()
+    fxfuse.optimize(model, inner="eager", target="cuda", round_beta=True)
+    steps(model, CACHES["dynamic"](model), ids)
+    assert rounding(graphs) == {"fxfuse.gdn_gates.default": {True}, "fxfuse.gdn_decode.default": {True}}
+    assert not model.optimization_report.misses
+
+
+def rounding(graphs: list[Program]) -> dict[str, set[Any]]:
+    """What the operators that compute rates are told of rounding them."""
+    names = ("fxfuse.gdn_gates.default", "fxfuse.gdn_decode.default")
+    return {name: {call.args[-1] for graph in graphs for call in graph.calls(name)} for name in names}
 
 
 def test_a_strict_model_is_asked_for_the_same_target(
