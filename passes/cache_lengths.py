@@ -71,5 +71,6 @@ def run(program: Program) -> Outcome:
             lengths: Any = [node.args[0] for node in nodes]
             program.graph.call_function(torch.ops.aten._foreach_add_.Scalar, (lengths, step))
         erase(program, nodes)
-        outcome.matches.append(Match(RULE, "", (), f"{len(nodes)} counts → 1"))
+        what = f"{len(nodes)} counts → 1" if len(nodes) > 1 else "count → end of the graph"
+        outcome.matches.append(Match(RULE, "", (), what))
     return outcome

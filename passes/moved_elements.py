@@ -22,11 +22,11 @@ def spell_moved_elements(program: Program) -> None:
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
     shown = layout_shows(program.graph)
     (end,) = program.graph.find_nodes(op="output")
-    changed = False
+    changed: set[Node] = set()
     for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):
         if writes.is_written(node) or storage_of(node) in fixed:
             continue
-        strided = any(not is_contiguous(n.meta["val"]) for n in _tensors(node))
+        strided = any(n in changed or not is_contiguous(n.meta["val"]) for n in _tensors(node))
         if strided and storage_of(node) in shown:
             continue
         if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
@@ -41,8 +41,9 @@ def spell_moved_elements(program: Program) -> None:
             continue
         node.target, node.args = spelled
         node.kwargs = {}
+        changed.add(node)
+    for node in changed:  # not before: what is read of one that is changed has the same sizes
         node.meta.pop("val", None)
-        changed = True
     if changed:
         program.refresh()
 

@@ -30,10 +30,9 @@ class Measurement:
 
     def __str__(self) -> str:
         verdict = "slower" if self.ratio < 1 else f"{self.ratio:.2f} times as fast"
-        return (
-            f"as it was {self.before_ms:.2f} ms, optimised {self.after_ms:.2f} ms a call: {verdict} "
-            f"(median of {self.rounds} rounds in turns)"
-        )
+        rounds = "one round" if self.rounds == 1 else f"median of {self.rounds} rounds in turns"
+        times = f"as it was {self.before_ms:.2f} ms, optimised {self.after_ms:.2f} ms a call"
+        return f"{times}: {verdict} ({rounds})"
 
 
 def measure(

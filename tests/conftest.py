@@ -1,5 +1,7 @@
 """What holds for every test, and tiny models of the real architecture."""
 
+import logging
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,6 +26,18 @@ HYBRID: dict[str, Any] = {
     "pad_token_id": 0,
     "eos_token_id": None,
 }
+
+
+def pytest_runtest_setup() -> None:
+    """Keep pytest from reading torch's structured trace.
+
+    pytest captures every logger that does not propagate, and torch writes the trace, each graph in several
+    forms, as soon as somebody reads it: generate() with transformers 5.17 then compiles for ten minutes.
+    """
+    if "torch" in sys.modules:
+        trace = logging.getLogger("torch.__trace")
+        trace.propagate = True
+        trace.handlers.clear()
 
 
 @pytest.fixture(scope="module", autouse=True)

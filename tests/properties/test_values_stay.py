@@ -77,7 +77,13 @@ def stored_by_out(x: Tensor) -> Tensor:
     return torch.cumsum(x.t(), -1, out=torch.empty_like(x.t())) * 2
 
 
+def joined_of_joined(x: Tensor) -> Tensor:
+    pair = torch.stack([x[:, :1], x[:, 1:2]], -2).flatten(-2)
+    return torch.stack([pair, x[:, 2:]], -2).flatten(-2) * 2
+
+
 FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    joined_of_joined,
     conjugated,
     compared_in_place,
     joined_in_place,

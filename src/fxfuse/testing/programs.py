@@ -37,6 +37,7 @@ def random_program(
     seed: int = 0,
     dynamic: bool = False,
     writes: bool = True,
+    length: int | None = None,
 ) -> RandomProgram:
     """Up to `most` of the named blocks one after the other, over small integers.
 
@@ -44,10 +45,15 @@ def random_program(
         blocks: names in `fxfuse.testing.blocks.BLOCKS`; by default those on which rewrites are bit-equal.
         dynamic: leading sizes are asked of tensors, never written as numbers.
         writes: some values are written in place between the blocks.
+        length: of the sequences; drawn where it is not given. Blocks of decoding need 1.
     """
     s = Speller(rng, seed=seed, dynamic=dynamic)
     hidden = rng.choice((6, 8))
-    shape = (rng.choice((2, 3)), rng.choice((3, 4, 5)), hidden)
+    shape = (
+        (rng.choice((2, 3)), rng.choice((3, 4, 5)), hidden)
+        if length is None
+        else (rng.choice((1, 2, 3)), length, hidden)
+    )
     x = s.input(integer_tensor(shape, seed))
     names: list[str] = []
     outputs: list[Node] = []
