@@ -424,7 +424,10 @@ class BenchReport:
         console.width = max(console.width, _TABLE_WIDTH)
         console.print(describe(self.machine, self.limits), soft_wrap=True)
         for name in dict.fromkeys(row.case for row in self.results):
-            console.print(_table(name, [row for row in self.results if row.case == name]))
+            table = _table(name, [row for row in self.results if row.case == name])
+            needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+            console.width = max(console.width, needed)
+            console.print(table)
         for row in self.results:
             if row.fused_expected and row.ratios:
                 best = against_fastest(row)

@@ -5,6 +5,7 @@ Weights are random, shapes are those of the published models, or `tiny` for tryi
 
 import argparse
 import copy
+import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from typing import Any
 
 import torch
 from harness import Case, Peer, arguments
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen3_5ForCausalLM
 
 import fxfuse
@@ -139,8 +140,9 @@ def optimized(
     passes: Any = "default",
     matching: bool = True,
 ) -> Contender:
-    """Ours, with weights of its own: packing would move those of the others."""
-    model = copy.deepcopy(eager)
+    """Ours, with weights of its own, which packing would move for all; stacks of experts it leaves alone."""
+    stacks = [p for name, p in eager.named_parameters() if ".experts." in name]
+    model = copy.deepcopy(eager, {id(stack): stack for stack in stacks})
     fxfuse.optimize(model, inner=options.inner, mode=options.mode, passes=passes, report="off")
     return Contender(name, model, True, matching)
 
@@ -160,6 +162,26 @@ def case_of(name: str, contenders: Sequence[Contender], peers: Sequence[Peer], *
     """A case in which ours are compared with all others."""
     more.setdefault("baselines", tuple(each.name for each in contenders if not each.ours))
     return Case(name, tuple(peers), dtype=contenders[0].model.dtype, **more)
+
+
+class _Widened(nn.Module):
+    """A module that computes with its weights in a wider dtype, which it has only as long as that takes."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module, self.dtype = [module], dtype  # in a list: no submodule, whose weights `to` would cast
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (module,) = self.module
+        weights = {name: weight.to(self.dtype) for name, weight in module.named_parameters()}
+        return torch.func.functional_call(module, weights, args, kwargs)
+
+
+def widened(model: Model, dtype: torch.dtype) -> Model:
+    """A copy in a wider dtype; stacks of experts, most of a model's memory, are cast one by one in use."""
+    gc.collect()  # the copy before this one, which refers to itself
+    stacks = [module for name, module in model.named_modules() if name.endswith(".experts")]
+    return copy.deepcopy(model, {id(stack): _Widened(stack, dtype) for stack in stacks}).to(dtype)
 
 
 def right(
@@ -183,7 +205,7 @@ def right(
             function(candidate),
             ids,
             dtype=wide,
-            high_precision=function(replace(reference, model=copy.deepcopy(model).to(wide))),
+            high_precision=function(replace(reference, model=widened(model, wide))),
             slack=default_slack(model.config.hidden_size),
             grad=grad,
         )

@@ -25,7 +25,8 @@ LONGEST = 8  # more taps than this are better left to a library
 def _replace(program: Program, conv: Node, padding: int) -> None:
     aten, graph = torch.ops.aten, program.graph
     x, weight, bias = (*conv.args, None)[:3]
-    dtype, taps = conv.meta["val"].dtype, weight.meta["val"].shape[-1]  # type: ignore[union-attr]
+    dtype = conv.meta["val"].dtype
+    channels, _, taps = weight.meta["val"].shape  # type: ignore[union-attr]
 
     call = partial(regions.call, program, conv)
 
@@ -34,11 +35,14 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
 
     with graph.inserting_before(conv):
         padded = call(aten.constant_pad_nd.default, x, [padding, padding]) if padding else x
-        row, columns = wide(padded), wide(weight)
+        row, columns = wide(padded), call(aten.permute.default, wide(weight), [2, 0, 1])
+        if conv.meta["val"].shape[-1] != 1:  # written out once, else each column is gathered for each token
+            columns = call(aten.contiguous.default, columns)
+            columns = call(aten.as_strided.default, columns, [taps, channels, 1], [channels, 1, 1])
         products = []
         for k in range(taps):
             shifted = call(aten.slice.Tensor, row, 2, k, k - taps + 1 or sys.maxsize)
-            products.append(call(aten.mul.Tensor, shifted, call(aten.select.int, columns, 2, k)))
+            products.append(call(aten.mul.Tensor, shifted, call(aten.select.int, columns, 0, k)))
         y = products[0]
         for product in products[1:]:
             y = call(aten.add.Tensor, y, product)

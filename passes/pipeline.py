@@ -10,8 +10,8 @@ from fxfuse.passes import (
     cache_lengths,
     causal_conv1d,
     causal_conv1d_update,
-    chunked_delta_rule,
     depthwise_convs,
+    expert_rows,
     gated_rms_norm,
     gdn_decode,
     gdn_gates,
@@ -42,15 +42,13 @@ class Pass:
     """A rewrite by name: `run` changes the program it is given and says what it did.
 
     A pass that is `for_inductor` writes what a compiler makes fast and an interpreter slow. One with a
-    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say. One that is
-    `on_request` costs much to compile and pays in long service only: "default" leaves it out.
+    `target` writes what is fast on that kind of device only: calls of kernels on "cuda", say.
     """
 
     name: str
     run: Callable[[Program], Outcome]
     for_inductor: bool = False
     target: str | None = None
-    on_request: bool = False
     within_layers: bool = False
 
 
@@ -74,16 +72,9 @@ PASSES: tuple[Pass, ...] = (
     Pass("swiglu", swiglu.RULE.run, target="cuda"),
     Pass("sigmoid_gate", sigmoid_gate.run, target="cuda"),
     Pass("layout_chains", layout_chains.run, within_layers=True),
-    Pass(
-        "chunked_delta_rule",
-        chunked_delta_rule.run,
-        for_inductor=True,
-        target="cpu",
-        on_request=True,
-        within_layers=True,
-    ),
     Pass("depthwise_convs", depthwise_convs.run, for_inductor=True, target="cpu", within_layers=True),
     Pass("one_query_attention", one_query_attention.run, for_inductor=True, target="cpu", within_layers=True),
+    Pass("expert_rows", expert_rows.run, for_inductor=True, target="cpu", within_layers=True),
     Pass("one_row_linears", one_row_linears.run, for_inductor=True, target="cpu", within_layers=True),
 )
 
@@ -91,8 +82,8 @@ PASSES: tuple[Pass, ...] = (
 def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]:
     """The passes of that name in the pipeline's order, then those given themselves, in theirs.
 
-    "default" stands for all that suit inner backend and target, but for those on request. Raises OptionError,
-    with the known names, for a name that no pass has.
+    "default" stands for all that suit inner backend and target. Raises OptionError, with the known names, for
+    a name that no pass has.
     """
     wanted = [names] if isinstance(names, str) else list(names)
     known = {p.name: p for p in PASSES}
@@ -100,7 +91,7 @@ def selected(names: Passes, inner: str, target: str = "cpu") -> tuple[Pass, ...]
     if unknown:
         raise OptionError(f"unknown pass {unknown[0]!r}: known are 'default', {', '.join(map(repr, known))}")
     suited = [p for p in PASSES if p.target in (None, target) and (inner == "inductor" or not p.for_inductor)]
-    default = [p for p in suited if not p.on_request and "default" in wanted]
+    default = suited if "default" in wanted else []
     chosen = [p for p in PASSES if p.name in wanted or p in default]
     return (*chosen, *(p for p in wanted if isinstance(p, Pass)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
@@ -18,14 +19,80 @@ from fxfuse.runtime.ops.gated_delta_rule import (
     L2_EPSILON,
     LEAST_LOG_DECAY,
     Given,
-    by_chunk,
     check,
     initial,
     parts,
-    pieces,
-    prepared,
 )
 from fxfuse.runtime.ops.listed_once import operator
+
+
+def _l2_normalised(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
+
+
+def _by_chunk(x: Tensor, heads: int, size: int) -> Tensor:
+    """[B, T, h, ...] in any float dtype as [B, heads, N, size, ...] in fp32.
+
+    Each head is repeated heads / h times, and zeros are appended where T is no multiple of the size.
+    """
+    x = x.transpose(1, 2).to(torch.float32)
+    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+    missing = -x.shape[2] % size
+    if not isinstance(missing, int) or missing:
+        x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
+    return x.unflatten(2, (-1, size))
+
+
+class _Pieces(NamedTuple):
+    """Tokens by chunk, in fp32: what the rule is computed from.
+
+    Attributes:
+        q, k: [B, HV, N, size, dk], normalised where asked for, q scaled; v: [B, HV, N, size, dv].
+        decay: [B, HV, N, size], its logarithm since the chunk's beginning; rate: [B, HV, N, size, 1].
+        between: [B, HV, N, size, size], the decay from each token to a later one, zero to an earlier one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    decay: Tensor
+    rate: Tensor
+    between: Tensor
+
+
+def _pieces(
+    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
+) -> _Pieces:
+    """The tokens in chunks of `size`; arguments as in `Given`."""
+    heads, dk = value.shape[2], key.shape[-1]
+    if normalise:
+        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
+    q, k, v, decay, rate = (_by_chunk(x, heads, size) for x in (query, key, value, g, beta))
+    q = q * dk**-0.5
+    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
+    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
+    return _Pieces(q, k, v, decay, rate.unsqueeze(-1), between)
+
+
+def _prepared(of: _Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """What each chunk needs of its own tokens alone.
+
+    Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
+    until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
+    attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
+    """
+    q, k, v, decay, rate, between = of
+    grown = decay.exp().unsqueeze(-1)
+
+    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
+    # is given the transposed system: so it need not turn what lies in memory row by row.
+    system = rate * k @ k.mT * between
+    right = torch.cat([rate * v, rate * grown * k], dim=-1)
+    solved = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
+    attention = q @ k.mT * between
+    until = (decay[..., -1:] - decay).exp().unsqueeze(-1)
+    return q * grown, k * until, solved, attention, decay[..., -1].exp()
 
 
 class Cotangents(NamedTuple):
@@ -70,12 +137,12 @@ def _of_sequences(grad_out: Tensor | None, grad_state: Tensor | None, given: Giv
     if length == 0:
         return [*(x.new_zeros(x.shape) for x in given[:5]), d_state]
     size = min(CHUNK, length)
-    of = pieces(*given[:5], given.normalise, size)
+    of = _pieces(*given[:5], given.normalise, size)
     q, k, v, decay, rate, between = of
-    q_grown, k_left, solved, attention, last = prepared(of)
+    q_grown, k_left, solved, attention, last = _prepared(of)
     last = last[..., None, None]
     w = solved[..., v.shape[-1] :]
-    d_out = torch.zeros_like(v) if grad_out is None else by_chunk(grad_out, heads, size)
+    d_out = torch.zeros_like(v) if grad_out is None else _by_chunk(grad_out, heads, size)
 
     before, corrected = [], []  # the state each chunk begins with, and the values it adds to that
     for n in range(q.shape[2]):

@@ -6,10 +6,10 @@ state is carried.
 """
 
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fxfuse.errors import ShapeError
@@ -20,91 +20,47 @@ L2_EPSILON = 1e-6
 LEAST_LOG_DECAY = -110.0  # exp of it is zero in float32; sums of less lose digits, and of −inf all of them
 
 
-def _l2_normalised(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
+def _columns(x: Tensor, key_heads: int, part: slice) -> Tensor:
+    """Some tokens of [B, T, h, ...] in any float dtype as contiguous fp32 [B, Hk, h / Hk, n, ...]."""
+    x = x[:, part].transpose(1, 2)
+    x = x.to(torch.float32, memory_format=torch.contiguous_format).contiguous()
+    return x.unflatten(1, (key_heads, -1))
 
 
-def by_chunk(x: Tensor, heads: int, size: int) -> Tensor:
-    """[B, T, h, ...] in any float dtype as [B, heads, N, size, ...] in fp32.
+def _inverse_norm(x: Tensor) -> Tensor:
+    return torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) + L2_EPSILON)
 
-    Each head is repeated heads / h times, and zeros are appended where T is no multiple of the size.
+
+def _chunk(tokens: Sequence[Tensor], state: Tensor, normalise: bool) -> tuple[Tensor, Tensor]:
+    """Query, key, value, g, beta of n tokens, from `_columns`; returns out [B·HV, n, dv] and the next state.
+
+    Value heads that share a key head are an axis of their own (r), so that keys are multiplied once for all.
     """
-    x = x.transpose(1, 2).to(torch.float32)
-    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-    missing = -x.shape[2] % size
-    if not isinstance(missing, int) or missing:
-        x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
-    return x.unflatten(2, (-1, size))
-
-
-class Pieces(NamedTuple):
-    """Tokens by chunk, in fp32: what the rule is computed from.
-
-    Attributes:
-        q, k: [B, HV, N, size, dk], normalised where asked for, q scaled; v: [B, HV, N, size, dv].
-        decay: [B, HV, N, size], its logarithm since the chunk's beginning; rate: [B, HV, N, size, 1].
-        between: [B, HV, N, size, size], the decay from each token to a later one, zero to an earlier one.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor
-    rate: Tensor
-    between: Tensor
-
-
-def pieces(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
-) -> Pieces:
-    """The tokens in chunks of `size`; arguments as in `Given`."""
-    heads, dk = value.shape[2], key.shape[-1]
+    query, key, value, g, beta = tokens
+    size, dk = key.shape[-2:]
     if normalise:
-        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
-    q, k, v, decay, rate = (by_chunk(x, heads, size) for x in (query, key, value, g, beta))
-    q = q * dk**-0.5
-    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
-    return Pieces(q, k, v, decay, rate.unsqueeze(-1), between)
+        query, key = query * _inverse_norm(query), key * _inverse_norm(key)
+    query = query * dk**-0.5
+    decay, rate = g.clamp(min=LEAST_LOG_DECAY).cumsum(-1), beta.unsqueeze(-1)  # [B, Hk, r, n(, 1)]
+    grown, last = decay.exp().unsqueeze(-1), decay[..., -1:]
+    future = torch.ones(size, size, dtype=torch.bool, device=key.device).triu(1)
+    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill_(future, float("-inf")).exp_()
+    products = torch.cat([key, query], dim=-2) @ key.mT
 
+    def heads(x: Tensor) -> Tensor:
+        return x.flatten(0, 2)  # [B·HV, n, ...]
 
-def prepared(of: Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk needs of its own tokens alone.
-
-    Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
-    until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
-    attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
-    """
-    q, k, v, decay, rate, between = of
-    grown = decay.exp().unsqueeze(-1)
-
-    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
-    # is given the transposed system: so it need not turn what lies in memory row by row.
-    system = rate * k @ k.mT * between
-    right = torch.cat([rate * v, rate * grown * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
-    attention = q @ k.mT * between
-    until = (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    return q * grown, k * until, solved, attention, decay[..., -1].exp()
-
-
-def scanned(
-    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The state carried from chunk to chunk; arguments from `prepared`, and the state [B, HV, dk, dv].
-
-    Returns out [B, HV, N · size, dv] and the final state, both in fp32 and contiguous.
-    """
-    batch, heads, chunks, _, dk = q.shape
-    u, w = solved.split([solved.shape[-1] - dk, dk], dim=-1)
-    state, outs = state.flatten(0, 1), []
-    for i in range(chunks):
-        q_i, k_i, u_i, w_i, inside, decay = (x[:, :, i].flatten(0, 1) for x in (q, k, u, w, attention, last))
-        corrected = torch.baddbmm(u_i, w_i, state, alpha=-1)
-        outs.append(torch.baddbmm(q_i @ state, inside, corrected))
-        state = torch.baddbmm(decay[:, None, None] * state, k_i.mT, corrected)
-    return torch.cat(outs, dim=1).unflatten(0, (batch, heads)), state.unflatten(0, (batch, heads))
+    # (I + A) u = β (v − exp(γ) k S): what each token writes beyond what is there. The solver takes ones for
+    # the diagonal and does not read beyond it; given the transposed system it copies less.
+    system = heads(products[..., :size, :] * (rate * between))
+    missing = (heads(value) - heads(grown * key) @ state) * heads(rate)
+    written = torch.linalg.solve_triangular(
+        system.mT, missing.mT, upper=True, left=False, unitriangular=True
+    ).mT
+    inside = heads(products[..., size:, :] * between)
+    out = (heads(grown * query) @ state).baddbmm_(inside, written)
+    kept = heads((last - decay).exp().unsqueeze(-1) * key)
+    return out, (heads(last).exp().unsqueeze(-1) * state).baddbmm_(kept.mT, written)
 
 
 class Given(NamedTuple):
@@ -205,9 +161,15 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     state = initial(given.query, given.value, given.initial_state)
     if length == 0:
         return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
-    size = min(CHUNK, length)
-    out, state = scanned(*prepared(pieces(*given[:5], given.normalise, size)), state)
-    return out[:, :, :length].transpose(1, 2).to(given.query.dtype).contiguous(), state.contiguous()
+    batch, _, heads, _ = given.value.shape
+    outs, state = [], state.flatten(0, 1)
+    # Chunk by chunk, so that all of it stays in the caches of a CPU.
+    for start in range(0, length, CHUNK):
+        part = slice(start, min(start + CHUNK, length))
+        tokens = [_columns(x, given.key.shape[2], part) for x in given[:5]]
+        out, state = _chunk(tokens, state, given.normalise)
+        outs.append(out.unflatten(0, (batch, heads)).transpose(1, 2).to(given.query.dtype))
+    return torch.cat(outs, dim=1).contiguous(), state.unflatten(0, (batch, heads)).contiguous()
 
 
 def _packed(given: Given, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,17 +191,3 @@ def initial(query: Tensor, value: Tensor, state: Tensor | None) -> Tensor:
         return state.to(torch.float32)
     batch, _, heads, dv = value.shape
     return query.new_zeros(batch, heads, query.shape[-1], dv, dtype=torch.float32)
-
-
-@torch.library.custom_op("fxfuse::delta_rule_chunks", mutates_args=())
-def delta_rule_chunks(
-    q: Tensor, k: Tensor, solved: Tensor, attention: Tensor, last: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """`scanned` as one node of a graph, whatever the number of chunks."""
-    return scanned(q, k, solved, attention, last, state)
-
-
-@delta_rule_chunks.register_fake
-def _(q, k, solved, attention, last, state):  # type: ignore[no-untyped-def]
-    batch, heads, chunks, size, _ = q.shape
-    return q.new_empty((batch, heads, chunks * size, state.shape[-1])), state.new_empty(state.shape)

@@ -39,7 +39,9 @@ def operator(
     called = grouped(run)
     called.__signature__ = signature  # type: ignore[attr-defined]
     called.__doc__, called.__name__, called.__qualname__ = run.__doc__, name, name
-    registered = torch.library.custom_op(f"fxfuse::{name}", called, mutates_args=tuple(mutates))
+    # Any strides will do: Inductor need not turn a value into the layout it has without a compiler.
+    tags = () if mutates else (torch.Tag.flexible_layout,)
+    registered = torch.library.custom_op(f"fxfuse::{name}", called, mutates_args=tuple(mutates), tags=tags)
     registered.register_fake(grouped(fake))
     return registered
 

@@ -236,3 +236,14 @@ def test_plot_writes_a_file_or_says_what_is_missing(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(OptionError, match=r"fxfuse\[bench\]"):
         harness.plot(report, path)
+
+
+def test_many_peers_with_long_names_are_printed_whole(harness: Any, clock: FakeClock, limit: Any) -> None:
+    ours = next(row for row in measured(harness, clock, limit) if row.ratios)
+    names = [f"a baseline with a long name, number {n}" for n in range(9)]
+    ratios = tuple(dataclasses.replace(ours.ratios[0], against=name) for name in names)
+    console = Console(record=True, width=80, highlight=False)
+    with console.capture() as captured:
+        report_of(harness, (dataclasses.replace(ours, ratios=ratios),), limit).print(console)
+    text = captured.get()
+    assert all(f"x {name}" in text for name in names) and "…" not in text

@@ -119,3 +119,17 @@ def test_a_peer_s_figures_leave_out_the_call_that_compiles(bench: Bench) -> None
     object.__setattr__(call, "run", run)
     assert [peer.sample() for _ in range(4)] == [18.0, 4.0, 4.0, 4.0]
     assert peer.figures() == {"TTFT ms": 1000.0, "ms/token": 1000.0, "tokens/s": 2.0}
+
+
+def test_a_wide_copy_computes_in_its_dtype_and_holds_no_experts(bench: Bench) -> None:
+    """They are most of a model's memory: a second time, and twice as wide, they may not fit."""
+    models, moe = bench("models"), bench("moe")
+    model = moe.build(options(dtype="bfloat16"))
+    wide = models.widened(model, torch.float32)
+    assert {parameter.dtype for parameter in wide.parameters()} == {torch.float32}
+    assert not any(".experts." in name for name, _ in wide.named_parameters())
+    ids = torch.arange(6).unsqueeze(0)
+    with torch.no_grad():
+        assert torch.equal(wide(ids).logits, copy.deepcopy(model).float()(ids).logits)
+        assert wide(ids).logits.dtype == torch.float32
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}

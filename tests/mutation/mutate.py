@@ -38,7 +38,7 @@ FORMULAS = PASSES + "test_formula_rules.py"
 BLOCKS = PASSES + "test_fused_blocks.py"
 CONVS = PASSES + "test_depthwise_convs.py"
 ONE_QUERY = PASSES + "test_one_query_attention.py"
-CHUNKED = PASSES + "test_chunked_delta_rule.py"
+RULE = "tests/runtime/ops/test_gated_delta_rule.py"
 OUTLINE = "tests/runtime/test_outline.py"
 PLAN = WEIGHTS + "/test_plan.py " + WEIGHTS + "/test_blocks.py"
 
@@ -96,7 +96,7 @@ FAULTS = (
     Fault("runtime/live_weights.py", "if self.tensor is None or state != self._state:", "if self.tensor is None:", LIVE),
     Fault("runtime/ops/rms_norm.py", "(normed * (1.0 + scale if", "(normed * (scale if", "tests/runtime/ops/test_rms_norm.py"),
     Fault("runtime/ops/rms_norm.py", "features.square().mean(-1, keepdim=True) + eps)", "features.square().mean(-1, keepdim=True))", "tests/runtime/ops/test_rms_norm.py tests/runtime/ops/kernels/test_rms_norm.py"),
-    Fault("runtime/ops/gated_delta_rule.py", "(decay[..., -1:] - decay).exp()", "(decay[..., -1:] + decay).exp()", "tests/runtime/ops/test_gated_delta_rule.py"),
+    Fault("runtime/ops/gated_delta_rule.py", "(last - decay).exp()", "(last + decay).exp()", RULE),
     Fault("patterns/idioms.py", "_normed * (1.0 + _weight)", "_normed * (2.0 + _weight)", FORMULAS),
     Fault("patterns/idioms.py", "SIGMOID_GATE = _x * sigmoid(_gate)", "SIGMOID_GATE = _x * silu(_gate)", FORMULAS),
     Fault("patterns/idioms.py", "LOG_DECAY = -exp(", "LOG_DECAY = exp(", BLOCKS),
@@ -115,7 +115,7 @@ FAULTS = (
     Fault("passes/attention_inputs.py", "(heads, kv_heads, kv_heads, heads)[role]", "(heads, heads, heads, heads)[role]", BLOCKS),
     Fault("passes/attention_inputs.py", "permutations(angles)", "[tuple(angles[::-1])]", BLOCKS),
     Fault("passes/attention_inputs.py", "node.args[1] in (2, -2)", "node.args[1] in (1, -1)", BLOCKS),
-    Fault("passes/depthwise_convs.py", "columns, 2, k))", "columns, 2, taps - 1 - k))", CONVS),
+    Fault("passes/depthwise_convs.py", "columns, 0, k))", "columns, 0, taps - 1 - k))", CONVS),
     Fault("passes/depthwise_convs.py", "[padding, padding]", "[padding, 0]", CONVS),
     Fault("passes/depthwise_convs.py", "(groups, one, list(stride), list(dilation)) != (channels, 1, [1], [1])", "(groups, one) != (channels, 1)", CONVS),
     Fault("passes/depthwise_convs.py", "or mode[conv] != PLAIN", "or False", CONVS),
@@ -125,8 +125,8 @@ FAULTS = (
     Fault("passes/one_query_attention.py", "row, scores, -math.inf", "row, scores, 0.0", ONE_QUERY),
     Fault("passes/one_query_attention.py", "if scale != 1:", "if False:", ONE_QUERY),
     Fault("passes/one_query_attention.py", "mode[attention] != PLAIN or", "False or", ONE_QUERY),
-    Fault("passes/chunked_delta_rule.py", "or mode[rule] != PLAIN", "or False", CHUNKED),
-    Fault("passes/chunked_delta_rule.py", "out[:, :, : v.shape[1]]", "out[:, :, 1:]", CHUNKED),
+    Fault("runtime/ops/gated_delta_rule.py", ".triu(1)", ".triu(0)", RULE),
+    Fault("runtime/ops/gated_delta_rule.py", " * heads(rate)\n", "\n", RULE),
     Fault("runtime/outline.py", " and storage_of(node) == storage_of(node.all_input_nodes[0])", "", OUTLINE),
     Fault("runtime/outline.py", "{value.stride()} {value.storage_offset()} \"", "{value.storage_offset()} \"", OUTLINE),
     Fault("runtime/outline.py", " {node.target} {own} {args}\")", " {node.target} {own}\")", OUTLINE),

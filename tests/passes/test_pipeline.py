@@ -296,10 +296,3 @@ def test_random_graphs_are_merged_often_enough_to_mean_something() -> None:
 
     count()
     assert sum(map(bool, matched)) > 10
-
-
-def test_a_pass_on_request_is_not_in_the_default() -> None:
-    default = pipeline.selected("default", "inductor")
-    asked = pipeline.selected(["default", "chunked_delta_rule"], "inductor")
-    assert [p.name for p in asked if p not in default] == ["chunked_delta_rule"]
-    assert set(default) < set(asked)

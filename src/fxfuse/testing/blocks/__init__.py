@@ -8,13 +8,13 @@ Sizes are small, head ratios odd, values small integers. `exact` blocks only mov
 so that on integers every correct rewrite of them is bit-equal.
 """
 
-from fxfuse.testing.blocks import attention, caches, convolutions, delta_rule, gates, linears, norms
+from fxfuse.testing.blocks import attention, caches, convolutions, delta_rule, experts, gates, linears, norms
 from fxfuse.testing.blocks.block import Block, Sizes
 
 __all__ = ["BLOCKS", "Block", "Sizes"]
 
 BLOCKS: dict[str, Block] = {
     block.name: block
-    for each in (linears, norms, gates, convolutions, delta_rule, attention, caches)
+    for each in (linears, norms, gates, convolutions, delta_rule, attention, caches, experts)
     for block in each.BLOCKS
 }

@@ -64,10 +64,6 @@ def _given_gates(s: Speller, sizes: Sizes) -> list[Node]:
     return [s.input(-normal(s, "g", *shape).abs()), s.input(normal(s, "b", *shape).sigmoid())]
 
 
-def _write_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
-    return _chunked_rule(s, sizes, x, _given_gates(s, sizes))
-
-
 def _write_normalised_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     return _chunked_rule(s, sizes, x, _given_gates(s, sizes), normalised=True)
 
@@ -175,7 +171,6 @@ def _write_convolution(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
 
 BLOCKS = (
     Block("gates_of_the_delta_rule", "gdn_gates", _draw, _write_gates, exact=False),
-    Block("chunked_rule", "chunked_delta_rule", _draw, _write_rule, exact=False),
     Block(
         "rule_of_repeated_keys",
         "grouped_delta_rule",

@@ -1,0 +1,82 @@
+"""A grouped product of a few rows reads each row's expert where it lies, as a reduction.
+
+Before: y = grouped_mm(x, Wᵀ, offsets)        x: [S, K] sorted by expert, W: [E, N, K], offsets: [E]
+After:  y[s] = (W[e[s]].float() * x[s].float()).sum(-1), e[s] the number of offsets ≤ s, in x's dtype again
+
+Inductor reads the chosen rows of W at the speed of memory; the grouped product goes through all experts. Rows
+from the last offset on belong to nobody: they are zeros, as in transformers' own loop.
+"""
+
+from functools import partial
+
+import torch
+from torch.fx import Node
+
+from fxfuse.passes import regions
+from fxfuse.passes.modes import PLAIN, modes
+from fxfuse.passes.one_row_linears import DTYPES
+from fxfuse.passes.outcome import Match, Outcome
+from fxfuse.passes.program import Program, module_path
+
+RULE = "expert_rows"
+GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+MOST_ROWS = 32  # more rows share experts, whose weights a product of matrices reads once
+
+
+def _suits(grouped: Node) -> bool:
+    """Whether it is a product of few rows on a CPU with weights that lie row by row."""
+    x, weight, offsets, *rest = grouped.args
+    if grouped.kwargs or any(more is not None for more in rest) or not isinstance(offsets, Node):
+        return False
+    rows, experts, y = x.meta["val"], weight.meta["val"], grouped.meta["val"]  # type: ignore[union-attr]
+    if rows.dim() != 2 or experts.dim() != 3 or not isinstance(rows.shape[0], int):
+        return False
+    return (
+        y.device.type == "cpu"
+        and rows.shape[0] <= MOST_ROWS
+        and rows.dtype == experts.dtype == y.dtype
+        and y.dtype in DTYPES
+        and regions.is_contiguous(y)
+        and regions.is_contiguous(experts.mT)
+    )
+
+
+def _replace(program: Program, grouped: Node) -> None:
+    aten, graph = torch.ops.aten, program.graph
+    x, weight, offsets = grouped.args
+    dtype, (rows, width) = grouped.meta["val"].dtype, x.meta["val"].shape  # type: ignore[union-attr]
+    experts = weight.meta["val"].shape[0]  # type: ignore[union-attr]
+
+    call = partial(regions.call, program, grouped)
+
+    def cast(node: Node, wanted: torch.dtype) -> Node:
+        return node if dtype == torch.float32 else call(aten.to.dtype, node, wanted)
+
+    with graph.inserting_before(grouped):
+        number = call(aten.arange.default, rows)
+        ended = call(aten.le.Tensor, offsets, call(aten.unsqueeze.default, number, 1))
+        expert = call(aten.clamp.default, call(aten.sum.dim_IntList, ended, [1]), None, experts - 1)
+        # Written out once, as in `one_row_linears`.
+        row = call(aten.contiguous.default, call(aten.to.dtype, x, torch.float32, False, True))
+        row = call(aten.as_strided.default, row, [rows, 1, width], [width, width, 1])
+        chosen = call(aten.index.Tensor, call(aten.transpose.int, weight, 1, 2), [expert])
+        y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, cast(chosen, torch.float32), row), [-1])
+        somebodys = call(aten.lt.Tensor, number, call(aten.select.int, offsets, 0, -1))
+        y = call(aten.where.ScalarOther, call(aten.unsqueeze.default, somebodys, 1), y, 0.0)
+        y = cast(y, dtype)
+    grouped.replace_all_uses_with(y)
+    graph.erase_node(grouped)
+
+
+def run(program: Program) -> Outcome:
+    """Rewrite every grouped product of a few rows on a CPU; those of more rows are no candidates."""
+    outcome = Outcome()
+    mode = modes(program.graph, program.grad_enabled)
+    for grouped in program.calls(*GROUPED):
+        if mode[grouped] != PLAIN or not _suits(grouped):
+            continue
+        where = module_path(grouped) or grouped.name
+        rows, experts = (grouped.args[n].meta["val"].shape[0] for n in range(2))  # type: ignore[union-attr]
+        _replace(program, grouped)
+        outcome.matches.append(Match(RULE, where, (), f"{rows} rows of {experts} experts → reduction"))
+    return outcome

@@ -1,0 +1,111 @@
+"""A grouped product of few rows becomes a reduction over each row's own expert: only such a one, exactly."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers.integrations.moe  # noqa: F401  registers its own grouped product
+from torch import Tensor, nn
+
+from fxfuse import Rewritten, rewrite
+from fxfuse.passes import expert_rows
+from fxfuse.runtime.options import Options
+from fxfuse.runtime.rewrite import traced
+from fxfuse.testing.tensors import integer_tensor
+
+PASS = "expert_rows"
+OFFSETS = {
+    "one for each": [1, 2, 3, 4, 5],
+    "some have none": [0, 3, 3, 5, 5],
+    "all for the first": [5] * 5,
+    "all for the last": [0, 0, 0, 0, 5],
+}
+
+
+class Grouped(nn.Module):
+    """transformers' `own` product, or torch's, which takes bfloat16 alone in a graph."""
+
+    def __init__(self, own: bool = True, row_by_row: bool = True) -> None:
+        super().__init__()
+        shape = (5, 16, 8) if row_by_row else (5, 8, 16)
+        self.own, self.row_by_row, self.weight = own, row_by_row, nn.Parameter(torch.empty(shape))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        weight = self.weight.transpose(-2, -1) if self.row_by_row else self.weight
+        if self.own:
+            return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offsets)
+        return F.grouped_mm(x, weight, offs=offsets)
+
+
+def matches(rewritten: Rewritten) -> list[Any]:
+    return rewritten.report.graphs[0].outcomes[PASS].matches
+
+
+def offsets(*ends: int) -> Tensor:
+    return torch.tensor(ends, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("own", "dtype"),
+    [(False, torch.bfloat16), (True, torch.bfloat16), (True, torch.float16), (True, torch.float32)],
+)
+@pytest.mark.parametrize("ends", OFFSETS.values(), ids=OFFSETS)
+def test_each_row_meets_its_expert(
+    rewrite_equal: Any, ends: list[int], own: bool, dtype: torch.dtype
+) -> None:
+    x = integer_tensor((5, 8), 0).to(dtype)
+    rewritten = rewrite_equal(Grouped(own).to(dtype), [x, offsets(*ends)], passes=PASS, dynamic=False)
+    assert [match.detail for match in matches(rewritten)] == ["5 rows of 5 experts → reduction"]
+    targets = {str(node.target) for node in rewritten.graph_module.graph.nodes}
+    assert targets.isdisjoint(expert_rows.GROUPED)
+
+
+def test_offsets_are_read_at_every_call(rewrite_equal: Any) -> None:
+    module, x = Grouped(), integer_tensor((5, 8), 0)
+    rewritten = rewrite_equal(module, [x, offsets(1, 2, 3, 4, 5)], passes=PASS, dynamic=False)
+    for ends in OFFSETS.values():
+        assert torch.equal(rewritten.graph_module(x, offsets(*ends)), module(x, offsets(*ends)))
+
+
+@pytest.mark.parametrize("ends", [(1, 2, 2, 2, 3), (0, 0, 0, 0, 0)])
+def test_rows_that_belong_to_nobody_are_zero(rewrite_equal: Any, ends: tuple[int, ...]) -> None:
+    """With transformers' loop to compare with: torch's leaves there what was in memory."""
+    x = integer_tensor((5, 8), 0)
+    rewritten = rewrite_equal(Grouped(), [x, offsets(*ends)], passes=PASS, dynamic=False)
+    assert len(matches(rewritten)) == 1
+
+
+def test_rows_in_another_layout(rewrite_equal: Any) -> None:
+    x = integer_tensor((8, 5), 0).t()
+    rewritten = rewrite_equal(Grouped(), [x, offsets(1, 2, 3, 4, 5)], passes=PASS, dynamic=False)
+    assert len(matches(rewritten)) == 1
+
+
+def test_half_precision_is_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        module = Grouped().to(dtype)
+        nn.init.normal_(module.weight)
+        x = torch.randn(5, 8, dtype=dtype)
+        got = rewrite(module, [x, offsets(1, 2, 3, 4, 5)], passes=PASS, dynamic=False)
+        exact = (module.weight.double() @ x.double().unsqueeze(-1)).squeeze(-1)
+        error = (got.graph_module(x, offsets(1, 2, 3, 4, 5)).double() - exact).abs()
+        assert bool((error <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all())
+
+
+def test_many_rows_columns_of_weights_and_varying_rows_stay(rewrite_equal: Any) -> None:
+    ends = offsets(1, 2, 3, 4, expert_rows.MOST_ROWS + 1)
+    many = integer_tensor((expert_rows.MOST_ROWS + 1, 8), 0)
+    assert matches(rewrite_equal(Grouped(), [many, ends], passes=PASS, dynamic=False)) == []
+    few, ends = integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)
+    assert matches(rewrite_equal(Grouped(row_by_row=False), [few, ends], passes=PASS, dynamic=False)) == []
+    assert matches(rewrite_equal(Grouped(), [few, ends], passes=PASS, dynamic=True)) == []
+
+
+def test_with_gradients_it_stays() -> None:
+    module = Grouped()
+    given = [integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)]
+    program = traced(module, {"weight": module.weight}, given, Options(), dynamic=False)
+    program.grad_enabled = True
+    assert expert_rows.run(program).matches == []
