@@ -239,11 +239,13 @@ def test_plot_writes_a_file_or_says_what_is_missing(
 
 
 def test_many_peers_with_long_names_are_printed_whole(harness: Any, clock: FakeClock, limit: Any) -> None:
-    ours = next(row for row in measured(harness, clock, limit) if row.ratios)
+    rows = measured(harness, clock, limit)
+    ours = rows[-1]
     names = [f"a baseline with a long name, number {n}" for n in range(9)]
+    others = [dataclasses.replace(ours, peer=name, ratios=()) for name in names]
     ratios = tuple(dataclasses.replace(ours.ratios[0], against=name) for name in names)
     console = Console(record=True, width=80, highlight=False)
     with console.capture() as captured:
-        report_of(harness, (dataclasses.replace(ours, ratios=ratios),), limit).print(console)
+        report_of(harness, (*others, dataclasses.replace(ours, ratios=ratios)), limit).print(console)
     text = captured.get()
     assert all(f"x {name}" in text for name in names) and "…" not in text
