@@ -18,7 +18,7 @@ from fxfuse.passes.linear_spellings import turned
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import Refused, behind, read_by, writers_of
 from fxfuse.passes.row_parts import Part, parts_of
-from fxfuse.passes.storage_writes import equal_sizes, storage_of
+from fxfuse.passes.storage_writes import equal_sizes, is_idle_view, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
 from fxfuse.patterns.matcher import is_cast
@@ -125,7 +125,7 @@ def _origin(node: Node) -> Node:
     """The write, or the new tokens, behind a key or value that is cut, repeated or appended to others."""
     while True:
         source: Any = None
-        if str(node.target) in readings_of.REPEATS:
+        if str(node.target) in readings_of.REPEATS or is_idle_view(node):
             source = node.args[0]
         elif str(node.target) == ops.CAT and node.args[1:] in ((2,), (-2,)):
             source = node.args[0][-1]  # type: ignore[index]

@@ -24,7 +24,7 @@ from fxfuse.passes.modes import PLAIN
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase
-from fxfuse.passes.storage_writes import equal_sizes
+from fxfuse.passes.storage_writes import equal_sizes, is_idle_view
 from fxfuse.patterns import ops, readings
 
 RULE = "grouped_query_attention"
@@ -41,7 +41,7 @@ class Shared:
 
 def _sources(node: Node, heads: int) -> Iterator[tuple[Node, int]]:
     """Tensors with fewer heads that a tensor with `heads` heads may repeat, and how often."""
-    while str(node.target) in readings.REPEATS and isinstance(node.args[0], Node):
+    while (str(node.target) in readings.REPEATS or is_idle_view(node)) and isinstance(node.args[0], Node):
         node = node.args[0]
         shape = node.meta["val"].shape
         if len(shape) == 4 and isinstance(shape[1], int) and shape[1] < heads and heads % shape[1] == 0:

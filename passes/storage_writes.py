@@ -60,6 +60,12 @@ def same_memory(node: Node, other: Node) -> bool:
     )
 
 
+def is_idle_view(node: Node) -> bool:
+    """Whether a view shows its input as it is, as a permutation into the same order does."""
+    source = node.args[0] if str(node.target) in ops.VIEWS else None
+    return isinstance(source, Node) and same_memory(node, source)
+
+
 def equal_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
     return len(sizes) == len(others) and all(map(_equal, sizes, others))

@@ -112,7 +112,11 @@ def _compiled(
             round_beta=options.round_beta,
             by_layer=options.mode in (None, "default") and all(each.within_layers for each in passes),
         )
-    except Untraceable:
+    except (FxfuseError, RestartAnalysis):
+        raise
+    except Exception as error:
+        if not isinstance(error, Untraceable) and not any(map(is_traceable_wrapper_subclass, inputs)):
+            raise
         _say_untraceable(inputs, options, session)
         return original
     outcomes, phase = rewriting.outcomes(), rewriting.phase()
@@ -162,7 +166,8 @@ def _say_untraceable(inputs: list[Any], options: Options, session: Session) -> N
     kinds = sorted({type(x).__name__ for x in inputs if is_traceable_wrapper_subclass(x)})
     reason = (
         f"a graph runs as it was: its weights are of the tensor subclass {', '.join(kinds)}, "
-        "whose parts cannot be traced; load the model without that quantisation to have it rewritten"
+        "whose parts cannot be traced; load the model without it (torchao, or DTensor of a "
+        "sharded model) to have it rewritten"
         if kinds
         else "a graph runs as it was: a transform of torch.func makes tensors in it that cannot be traced; "
         "compile the model itself, not the transformed function, to have it rewritten"

@@ -19,6 +19,7 @@ from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
 
 PROMPT = 17
+OF_ONE_CALL = "give the keyword arguments of one call that it can answer: explain(model, inputs={...})"
 
 
 def explain(
@@ -36,7 +37,7 @@ def explain(
     Args:
         model: a model, also one on the meta device, which is taken for one on the CPU.
         inputs: keyword arguments of one call, for a model that is not a language model; by default a prompt
-            of 17 tokens with a cache, then one token.
+            of 17 tokens with a cache, then one token; both stacks of an encoder-decoder get that prompt.
         passes, weights, inner, target, strict: as in `fxfuse.optimize`. For the target "cuda" the cache is a
             static one, and the report has the kernels of each kind of block (`GraphRecord.launches`); no such
             device is needed.
@@ -60,7 +61,10 @@ def explain(
         own = raised_on_purpose(error)
         if own is not None:
             raise own from None
-        raise UnsupportedModelError(f"{type(model).__name__} cannot be captured: {error}") from error
+        raise UnsupportedModelError(
+            f"{type(model).__name__} cannot be captured: {error}"
+            + (f"; {OF_ONE_CALL}" if inputs is None else "")
+        ) from error
     finally:
         backend.current_session.reset(token)
     return report
@@ -72,11 +76,19 @@ def _calls(run: Any, twin: nn.Module, inputs: Mapping[str, torch.Tensor] | None,
         return
     device = next(twin.parameters()).device
     prompt = torch.ones(1, PROMPT, dtype=torch.long, device=device)
-    given = {"past_key_values": _static_cache(twin)} if static else {}
+    two_stacks = getattr(getattr(twin, "config", None), "is_encoder_decoder", False)
+    given: dict[str, Any] = {"decoder_input_ids": prompt} if two_stacks else {}
+    if static and not two_stacks:
+        given["past_key_values"] = _static_cache(twin)
     out = run(input_ids=prompt, use_cache=True, **given)
     cache = getattr(out, "past_key_values", None)
     if cache is not None:
-        run(input_ids=prompt[:, :1], past_key_values=cache, use_cache=True)
+        token = (
+            {"encoder_outputs": (out.encoder_last_hidden_state,), "decoder_input_ids": prompt[:, :1]}
+            if two_stacks
+            else {"input_ids": prompt[:, :1]}
+        )
+        run(**token, past_key_values=cache, use_cache=True)
 
 
 def _static_cache(model: nn.Module) -> Any:

@@ -149,5 +149,8 @@ def family_of(model_type: object) -> Family:
     family = _BY_MODEL_TYPE.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         known = ", ".join(known_model_types())
-        raise UnsupportedModelError(f"no family is known for model_type {model_type!r}; known are: {known}")
+        raise UnsupportedModelError(
+            f"no family is known for model_type {model_type!r}; known are: {known}. Only plans of weights "
+            "need one: model.optimize() and `fxfuse explain` take any model"
+        )
     return family

@@ -30,6 +30,7 @@ def _kind(weight: object) -> str | None:
     if not isinstance(weight, Tensor):
         return None
     if is_traceable_wrapper_subclass(weight):
-        return type(weight.data).__name__
+        spread = type(weight).__module__.startswith("torch.distributed")  # over ranks, not quantised
+        return None if spread else type(weight.data).__name__
     plain = torch.is_floating_point(weight) and weight.element_size() > 1
     return None if plain else str(weight.dtype)

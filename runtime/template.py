@@ -28,6 +28,8 @@ def load_config(fields: Mapping[str, Any]) -> Any:
 
     try:
         return CONFIG_MAPPING[fields["model_type"]].from_dict(copy.deepcopy(dict(fields)))
+    except ImportError:  # a package is broken, not the config
+        raise
     except Exception as error:
         raise CheckpointError(f"{_UNFIT} ({error})") from error
 
@@ -39,6 +41,8 @@ def decoder_on_meta(config: Any) -> nn.Module:
     try:
         with torch.device("meta"):
             decoder: nn.Module = AutoModel.from_config(text_config(config))
+    except ImportError:
+        raise
     except Exception as error:
         raise CheckpointError(f"{_UNFIT} ({error})") from error
     return decoder

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import StrEnum
+from importlib.util import find_spec
+from io import TextIOWrapper
 from json import dumps, loads
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -39,37 +41,39 @@ class _Commands(TyperGroup):
 def _one_line(ctx: Any) -> Iterator[None]:
     try:
         yield
-    except FxfuseError as error:
-        if ctx.params.get("debug"):
-            raise
-        _leave(str(error), 2, error)
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # the last as of `| head`, which is no error
+        raise
     except UsageError as error:
         _leave(f"{error.format_message()} See: {(error.ctx or ctx).command_path} --help", 2, error)
-    except ImportError as error:
-        if ctx.params.get("debug"):
-            raise
-        _leave(f"a package cannot be imported; install or mend it, --debug shows which: {error}", 2, error)
-    except BrokenPipeError:  # as of `| head`, which is no error
-        raise
-    except OSError as error:
-        if ctx.params.get("debug"):
-            raise
-        _leave(f"{error.filename or type(error).__name__}: {error.strerror or error}; name another", 2, error)
     except KeyboardInterrupt as error:
         _leave("stopped", 130, error)
+    except Exception as error:  # left to Python it would exit with 1, which says that a result differs
+        if ctx.params.get("debug"):
+            raise
+        _leave(_in_words(error), 2, error)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, FxfuseError):
+        return str(error)
+    if isinstance(error, ImportError):
+        return f"a package cannot be imported ({_cause(error)}): install or mend it; --debug shows who asks"
+    if isinstance(error, OSError):
+        return f"{error.filename or type(error).__name__}: {error.strerror or error}; name another"
+    return f"{_cause(error)}: this was not foreseen; `fxfuse --debug` before the verb shows where it is"
+
+
+def _cause(error: BaseException) -> str:
+    """Type and first line of the exception that others were raised for."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _leave(text: str, code: int, cause: BaseException) -> NoReturn:
     typer.echo(f"fxfuse: {' '.join(text.split())}", err=True)
     raise typer.Exit(code) from cause
-
-
-class Target(StrEnum):
-    """The kinds of device that graphs are lowered for."""
-
-    AUTO = "auto"
-    CPU = "cpu"
-    CUDA = "cuda"
 
 
 class Size(StrEnum):
@@ -118,6 +122,23 @@ def main(
     ] = False,
 ) -> None:
     """Options that stand before the verb."""
+    if isinstance(sys.stdout, TextIOWrapper):  # not every name, arrow or frame can be written everywhere
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _leave_out_torchvision() -> None:
+    """Keep a torchvision that was built for another torch from breaking what needs none of it.
+
+    Importing it raises, and transformers, which takes every package that is installed for a working one,
+    imports it beside its models.
+    """
+    if find_spec("torchvision") is None:
+        return
+    try:
+        import torchvision  # noqa: F401
+    except Exception as error:
+        sys.modules["torchvision"] = None  # type: ignore[assignment]
+        typer.echo(f"torchvision is left out, since it cannot be imported ({_cause(error)})", err=True)
 
 
 @app.command(
@@ -125,6 +146,7 @@ def main(
 )
 def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
     """List what a checkpoint holds and which of its tensors fxfuse merges. Reads headers, no weights."""
+    _leave_out_torchvision()
     from fxfuse.runtime.faults import read_checked
     from fxfuse.runtime.plan import plan
 
@@ -143,7 +165,7 @@ def inspect(checkpoint: Checkpoint, json: Json = False) -> None:
             {"checkpoint": str(checkpoint), "parts": found, "plan": loads(plan(checkpoint).to_json())}
         )
         return
-    typer.echo(f"{checkpoint}: {len(headers)} tensors")
+    typer.echo(f"{checkpoint}: {_tensors(len(headers))}")
     for (part, dtype), sizes in parts.items():
         typer.echo(f"  {part:<28} {dtype:<10} {len(sizes):>5} tensors {sum(sizes):>16,} values")
     # last, so that a checkpoint without a plan is listed all the same
@@ -162,11 +184,15 @@ def explain(
     json: Json = False,
 ) -> None:
     """Say what the passes would match in a checkpoint's model, and what is left alone. Reads no weights."""
+    _leave_out_torchvision()
+    from rich.console import Console
+
     import fxfuse
 
     if html is not None:
         _need_file(html, "--html")
-    report = fxfuse.explain(_model_without_weights(checkpoint), target=target)
+    with Console(stderr=True).status("capturing a prompt and one token"):  # seen on a terminal alone
+        report = fxfuse.explain(_model_without_weights(checkpoint), target=target)
     if html is not None:
         with _writing(html, "--html"):
             report.to_html(html)
@@ -210,11 +236,18 @@ def _model_without_weights(checkpoint: Path) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(checkpoint))
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except ImportError:
+        raise
+    except Exception as error:  # whatever transformers and the values of a config come to
         raise UnsupportedModelError(
             f"transformers {transformers.__version__} cannot build a causal language model from "
-            f"{checkpoint / 'config.json'}: {str(error).strip().splitlines()[0]}"
+            f"{checkpoint / 'config.json'} ({_cause(error)}); of any other model, "
+            "fxfuse.explain(model, inputs=...) in Python makes the same report"
         ) from error
+
+
+def _tensors(count: int) -> str:
+    return f"{count} tensor{'s' * (count != 1)}"
 
 
 def _print_json(found: Any) -> None:
@@ -235,6 +268,7 @@ def convert(
     json: Json = False,
 ) -> None:
     """Write a checkpoint in another layout, a piece at a time. `--layout hf` leads back, bit for bit."""
+    _leave_out_torchvision()
     from fxfuse.runtime.convert import convert as run
 
     if (rank is None) != (world is None):
@@ -260,6 +294,7 @@ def verify(
     json: Json = False,
 ) -> None:
     """Compare two checkpoints tensor by tensor, bit for bit, in any layouts. Exits with 1 if they differ."""
+    _leave_out_torchvision()
     from fxfuse.runtime.convert import differences
 
     with _bar() as progress:
@@ -269,7 +304,8 @@ def verify(
     else:
         for line in found:
             typer.echo(line)
-        typer.echo(f"{len(found)} tensors differ" if found else "equal, bit for bit")
+        differ = "differs" if len(found) == 1 else "differ"
+        typer.echo(f"{_tensors(len(found))} {differ}" if found else "equal, bit for bit")
     raise typer.Exit(1 if found else 0)
 
 
@@ -303,6 +339,7 @@ def demo(
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
 ) -> None:
     """Run the main job on real input and judge it: equality, error, speed. Exits with 1 if any differ."""
+    _leave_out_torchvision()
     from fxfuse.runtime.demo import run
 
     if json is not None:

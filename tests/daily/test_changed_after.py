@@ -124,6 +124,20 @@ def test_ours_wins_under_an_outer_compile_also_where_that_forbids_breaks(model: 
     assert model.optimization_report.calls == calls + 1
 
 
+def test_a_function_around_the_model_is_compiled_as_a_whole_with_ours_as_backend(small: Any) -> None:
+    expected, calls = follows(small), report_of(small).calls
+    with torch.no_grad():
+        torch._dynamo.reset()
+        outer = torch.compile(lambda x: small(x) * 2, backend="eager", fullgraph=True)
+        torch.testing.assert_close(outer(X), expected * 2)
+        assert report_of(small).calls == calls  # the plain model was traced
+        fxfuse.deoptimize(small)
+        ours = torch.compile(lambda x: small(x) * 2, backend="fxfuse", options={"inner": "eager"})
+        torch.testing.assert_close(ours(X), expected * 2)
+    report = report_of(small)
+    assert report.matched == 1 and report.calls == 1
+
+
 def test_a_model_without_memory_runs_as_it_was_until_it_has_some(
     make_model: Make, prompt: Tensor, caplog: pytest.LogCaptureFixture
 ) -> None:

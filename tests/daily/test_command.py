@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +165,10 @@ def test_an_error_is_one_line_on_stderr_that_names_the_thing(prepare: Any, says:
         (["--no-such"], "No such option: --no-such"),
         (["demo", "--tokens", "1"], "--tokens"),
         (["demo", "--json", "nowhere/found.json"], "there is no folder nowhere"),
+        (["inspect", "a", "b"], "unexpected extra argument"),
+        (["verify", "a"], "Missing argument"),
+        (["convert", "a", "b", "--shard-gb", "0"], "--shard-gb"),
+        (["demo", "--size", "7b"], "'small', '0.8b', '2b'"),
     ],
 )
 def test_a_wrong_argument_is_one_line_with_the_next_step(arguments: list[str], says: str) -> None:
@@ -194,3 +199,108 @@ def test_output_can_be_cut_off(folder: Path) -> None:
     command = f"{sys.executable} -m fxfuse inspect {folder} --json | head -1"
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert found.stdout == "{\n" and "Traceback" not in found.stderr
+
+
+def test_what_nobody_foresaw_is_one_line_and_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python would exit with 1, which says that two checkpoints differ."""
+    from fxfuse.runtime import convert
+
+    def fails(*args: Any) -> Any:
+        try:
+            {}["key"]
+        except KeyError as error:
+            raise RuntimeError("what came of it") from error
+
+    monkeypatch.setattr(convert, "differences", fails)
+    code, out, err = run("verify", "a", "b")
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert "KeyError: 'key'" in err and "--debug" in err
+    with pytest.raises(RuntimeError, match="what came of it"):
+        CliRunner().invoke(cli.app, ["--debug", "verify", "a", "b"], catch_exceptions=False)
+
+
+BROKEN = """
+raise RuntimeError("operator torchvision::nms does not exist\\nmore than anybody wants to know")
+"""
+
+
+def test_a_torchvision_that_cannot_be_imported_is_left_out(folder: Path, tmp_path: Path) -> None:
+    """One that was built for another torch: transformers imports it beside models that need none of it."""
+    (tmp_path / "torchvision").mkdir()
+    (tmp_path / "torchvision" / "__init__.py").write_text(BROKEN)
+    code = (
+        "import sys; from fxfuse.cli import app\n"
+        "for arguments in (['inspect', sys.argv[1]], ['explain', sys.argv[1]]):\n"
+        "    app(arguments, standalone_mode=False)\n"
+        "from transformers.utils import is_torchvision_available\n"
+        "assert not is_torchvision_available()"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    found = subprocess.run(
+        [sys.executable, "-c", code, str(folder)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert "91 tensors" in found.stdout and "same_input_linears" in found.stdout
+    said = [line for line in found.stderr.splitlines() if "torchvision" in line]
+    assert said == [
+        "torchvision is left out, since it cannot be imported (RuntimeError: operator torchvision::nms does "
+        "not exist)"
+    ]
+
+
+def test_ctrl_c_in_a_conversion_leaves_nothing_behind(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fxfuse.runtime import checkpoint_writer
+
+    write, written = checkpoint_writer._write, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal written
+        written += 1
+        if written == 5:
+            signal.raise_signal(signal.SIGINT)
+        write(*args)
+
+    monkeypatch.setattr(checkpoint_writer, "_write", interrupted)
+    assert run("convert", folder, tmp_path / "new") == (130, "", "fxfuse: stopped\n")
+    assert written == 5 and not list(tmp_path.iterdir())
+
+
+def test_a_folder_whose_name_is_no_utf8(folder: Path, tmp_path: Path) -> None:
+    named = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        named.symlink_to(folder)
+    except OSError:
+        pytest.skip("this file system has names in UTF-8 alone")
+    code, out, err = run("inspect", named)
+    assert code == 0 and "91 tensors" in out, err
+    code, out, err = run("inspect", named, "--json")
+    assert code == 0 and json.loads(out)["checkpoint"] == str(named), err
+    new = tmp_path / os.fsdecode(b"\xff")
+    code, out, err = run("convert", named, new, "--layout", "sglang")
+    assert code == 0 and "layout sglang" in out and run("verify", named, new)[0] == 0, err
+    code, out, err = run("inspect", tmp_path / os.fsdecode(b"\xfe"))
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "not a directory" in err
+
+
+def test_an_encoder_decoder_is_explained_from_python_and_refused_here(tmp_path: Path) -> None:
+    fields = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    (tmp_path / "config.json").write_text(json.dumps({**fields, "vocab_size": 32}))
+    code, out, err = run("explain", tmp_path)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert "cannot build a causal language model" in err and "fxfuse.explain(model, inputs=...)" in err
+    code, out, err = run("inspect", tmp_path)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+
+
+def test_a_family_without_a_plan_is_told_what_takes_it(folder: Path, tmp_path: Path) -> None:
+    for file in folder.glob("model*"):
+        os.link(file, tmp_path / file.name)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    code, out, err = run("inspect", tmp_path)
+    assert (code, out, len(err.strip().splitlines())) == (2, "", 1), err
+    assert "no family is known for model_type 'llama'" in err and "fxfuse explain" in err

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs, page by page and in order; links lead somewhere."""
+"""Every Python block and every command of the pages runs, page by page and in order; links lead somewhere."""
 
 import re
 import subprocess
@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
+
+from fxfuse import cli
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -48,6 +51,46 @@ def test_the_blocks_of_a_page_run_in_order(page: Path, checkpoint: Path, tmp_pat
 def test_links_to_files_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8")):
         assert "://" in target or (page.parent / target).exists(), target
+
+
+# What a page tells to type. `fxfuse demo` is minutes; tests/runtime/test_demo.py has it.
+VERBS = ("inspect", "explain", "convert", "verify")
+COMMAND = re.compile(
+    rf"^(?:\$ )?(fxfuse (?:{'|'.join(VERBS)}) .+?)(?: {{2,}}.*)?$|`(fxfuse (?:{'|'.join(VERBS)}) [^`]+)`",
+    re.M,
+)
+PLACES = ("FOLDER", "A", "B")
+
+
+def commands(page: Path) -> list[str]:
+    return [first or second for first, second in COMMAND.findall(page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda page: page.name)
+def test_the_commands_of_a_page_run_in_order(
+    page: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for command in commands(page):
+        words = [str(checkpoint) if word in PLACES else word for word in command.split()[1:]]
+        result = CliRunner().invoke(cli.app, words)
+        assert result.exit_code == 0, f"{command}: {result.stderr}"
+
+
+def test_the_pages_have_commands_of_every_verb() -> None:
+    """Or the test above would hold for pages that its pattern does not read."""
+    told = {command.split()[1] for page in PAGES for command in commands(page)}
+    assert told == set(VERBS)
+
+
+def test_make_targets_and_paths_that_pages_name_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        told = re.findall(r"(?:^|`)make ((?:[a-z-]+ ?)+)", text, re.M)
+        assert {target for words in told for target in words.split()} <= targets, page.name
+        for path in re.findall(r"`((?:bench|docs|examples|passes|patterns|runtime|tests)/[\w./-]+)`", text):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
 
 
 @pytest.mark.slow

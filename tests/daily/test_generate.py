@@ -260,11 +260,20 @@ def test_no_graph_is_added_after_warm_up_while_lengths_vary(make_model: Make) ->
     assert not counters["graph_break"]
 
 
+@pytest.fixture(scope="module")
+def compiled(make_model: Make) -> tuple[Any, Any]:
+    """A plain model, and one compiled by Inductor."""
+    plain = make_model(seed=3)
+    return plain, fxfuse.optimize(copy.deepcopy(plain))
+
+
 @slow
 @pytest.mark.inductor
-def test_sampling_and_beams_under_inductor(make_model: Make) -> None:
-    plain = make_model(seed=3)
-    both = plain, fxfuse.optimize(copy.deepcopy(plain))
-    for how in ({"do_sample": True}, {"num_beams": 3, "do_sample": False}):
-        for cache in ("static", "dynamic"):
-            same(both, lambda m, c=cache, h=how: m.generate(ids(17), cache_implementation=c, **LENGTH, **h))
+@pytest.mark.parametrize("cache", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    "how", [{"do_sample": True}, {"num_beams": 3, "do_sample": False}], ids=["sampling", "beams"]
+)
+def test_sampling_and_beams_under_inductor(
+    compiled: tuple[Any, Any], how: dict[str, Any], cache: str
+) -> None:
+    same(compiled, lambda m: m.generate(ids(17), cache_implementation=cache, **LENGTH, **how))

@@ -110,6 +110,51 @@ def test_threads_that_call_one_model_at_the_same_time_get_their_own_answers(make
     assert model.optimization_report.calls >= 1 + 5 * len(prompts) - len(prompts)
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_threads_that_meet_at_the_first_call_get_their_own_answers(make_model: Make, grad: bool) -> None:
+    """Each may compile; half of them with gradients, where grad is on, which is another graph."""
+    model = make_model(layers=ONE * 2).requires_grad_(False)
+    model.model.norm.weight.requires_grad_(grad)
+    prompts = [
+        torch.randint(1, 300, (1, 5 + i % 2), generator=torch.Generator().manual_seed(i)) for i in range(4)
+    ]
+    expected = [plain(model, ids) for ids in prompts]
+    model.optimize(inner="eager")
+    wrong: list[str] = []
+    barrier = threading.Barrier(len(prompts), timeout=120)
+
+    def caller(i: int) -> None:
+        try:
+            barrier.wait()
+            for _ in range(2):
+                with torch.set_grad_enabled(grad and i >= 2):
+                    got = model(prompts[i]).logits
+                assert got.requires_grad == (grad and i >= 2), "another thread's mode"
+                torch.testing.assert_close(got.detach(), expected[i], atol=1e-4, rtol=1e-4)
+        except Exception as error:
+            wrong.append(f"thread {i}: {type(error).__name__}: {error}")
+
+    threads = [threading.Thread(target=caller, args=(i,)) for i in range(len(prompts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong, wrong
+    assert not model.optimization_report.failures and model.optimization_report.calls == 2 * len(prompts)
+
+
+def test_autocast_that_comes_and_goes_around_calls(make_model: Make, prompt: Tensor) -> None:
+    model = make_model().optimize(inner="eager")
+    reference = copy.deepcopy(model).double()
+    for on in (False, True, False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=on):
+            got, own = logits(model, prompt), plain(model, prompt)
+        exact = plain(reference, prompt)
+        assert got.dtype == own.dtype == (torch.bfloat16 if on else torch.float32)
+        assert (got - exact).norm() <= 1.1 * (own - exact).norm() + 1e-6
+    assert not model.optimization_report.failures
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no fork")
 def test_a_forked_process_answers_and_its_writes_stay_its_own(
     make_model: Make, prompt: Tensor, tmp_path: Path
@@ -198,3 +243,30 @@ def test_a_copy_of_an_optimised_model_can_be_optimised_by_itself(make_model: Mak
     with torch.no_grad():
         twin.lm_head.weight.zero_()
     assert torch.equal(logits(model, prompt), before) and not logits(twin, prompt).any()
+
+
+def test_weights_spread_over_ranks_stay_as_they_are_with_the_reason(
+    make_model: Make, prompt: Tensor, caplog: pytest.LogCaptureFixture
+) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = make_model(layers=ONE)
+        expected = plain(model, prompt)
+        how = {
+            "mlp.gate_proj": ColwiseParallel(),
+            "mlp.up_proj": ColwiseParallel(),
+            "mlp.down_proj": RowwiseParallel(),
+        }
+        parallelize_module(model.model.layers[0], init_device_mesh("cpu", (1,)), how)
+        model.optimize(inner="eager")
+        with torch.no_grad():
+            for _ in range(2):
+                torch.testing.assert_close(model(prompt).logits, expected, atol=1e-5, rtol=1e-4)
+        notes = " ".join(model.optimization_report.notes)
+        assert "tensor subclass DTensor" in notes and "quantised" not in notes
+        assert caplog.text.count("tensor subclass DTensor") == 1
+    finally:
+        torch.distributed.destroy_process_group()

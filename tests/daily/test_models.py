@@ -20,6 +20,8 @@ from transformers import (
     Qwen3_5TextConfig,
     Qwen3NextConfig,
     Qwen3NextForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 import fxfuse
@@ -263,6 +265,20 @@ def test_a_plain_llama_is_merged_too(hybrid: dict[str, Any]) -> None:
     pair = twins(lambda: LlamaForCausalLM(LlamaConfig(**config, **more)))
     same_tokens(pair, lambda m: m.generate(ids(9), **GREEDY))
     assert merged(pair[1]) == {ATTENTION, MLP}
+
+
+@pytest.mark.parametrize("feed_forward", ["gated-gelu", pytest.param("relu", marks=slow)])
+def test_an_encoder_decoder_generates_what_it_did_and_can_be_explained(feed_forward: str) -> None:
+    sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 300}
+    special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
+    config = T5Config(**sizes, **special, feed_forward_proj=feed_forward)
+    plain, model = pair = twins(lambda: T5ForConditionalGeneration(config))
+    for length, batch in ((9, 1), (12, 2)):
+        same_tokens(pair, lambda m, n=length, b=batch: m.generate(ids(n, b), **GREEDY))
+    assert not model.optimization_report.failures
+    found = fxfuse.explain(plain, inner="eager")
+    assert [graph.phase for graph in found.graphs][-1] == "decode"
+    assert found.matched >= 6 and not any("cannot" in note for note in found.notes)
 
 
 # Quantised linears stay, what is beside them is rewritten.
