@@ -113,7 +113,7 @@ def mode_of(fakes: Sequence[Any]) -> FakeTensorMode | None:
 
 
 # Take effect while a graph is traced and leave no call in it.
-UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
+_UNRECORDED = frozenset({torch.set_autocast_enabled, torch.set_autocast_dtype})
 
 
 class Unrecorded(Exception):
@@ -121,6 +121,12 @@ class Unrecorded(Exception):
 
     def __init__(self, call: Any) -> None:
         super().__init__(f"torch.{call.__name__} is lost in tracing: use `with torch.autocast(...)`")
+
+
+def check_recorded(called: Any) -> None:
+    """Raise Unrecorded for a function that tracing would carry out instead of writing it down."""
+    if called in _UNRECORDED:
+        raise Unrecorded(called)
 
 
 class ObeyedAutocast(TorchFunctionMode):
@@ -155,8 +161,7 @@ class _Retracer(Interpreter):
     """Runs Dynamo's graph to be traced again."""
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if target in UNRECORDED:
-            raise Unrecorded(target)
+        check_recorded(target)
         # `x.data` reaches no operator, so that tracing would keep the fake of today as a constant
         if target is torch._C._autograd._get_data_attr:  # type: ignore[attr-defined]
             return args[0].detach()

@@ -22,7 +22,7 @@ from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
 from fxfuse.runtime import live_weights, ops
-from fxfuse.runtime.capture import UNRECORDED, ObeyedAutocast, Unrecorded
+from fxfuse.runtime.capture import ObeyedAutocast, Unrecorded, check_recorded
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import GraphRecord, Report
 
@@ -94,8 +94,10 @@ def traced(
     for module in graph_module.modules():
         calls = module.graph.nodes if isinstance(module, GraphModule) else ()
         for node in calls:
-            if node.target in UNRECORDED:
-                raise UnsupportedModelError(f"{node.name}: {Unrecorded(node.target)}")
+            try:
+                check_recorded(node.target)
+            except Unrecorded as error:
+                raise UnsupportedModelError(f"{node.name}: {error}") from None
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [
         *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
