@@ -1,7 +1,9 @@
 """Whether a call computes what a part of a graph does: both are run in float64 on the same random values.
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
-at two magnitudes, so that epsilons count. Sizes that vary get primes, and so does a batch that is too large.
+at two magnitudes, so that epsilons count, and at a third where an operator acts on some values only; one that
+did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so does a batch that is
+too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +25,15 @@ from fxfuse.patterns import ops
 # Elements that a value may have to be computed in float64: half a gigabyte.
 MOST_ELEMENTS = 2**26
 MAGNITUDES = (1.0, 1e-3)
+LARGE = 30.0  # beyond the threshold of softplus; its exponentials are finite in float64
 TOLERANCE = 1e-7
+# Operators that leave most values as they are, or tell them apart.
+LIMITS = frozenset(
+    {"clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu", "relu6", "threshold", "nan_to_num"}
+    | {"softshrink", "hardshrink", "minimum", "maximum", "fmin", "fmax"}
+)
+CHOICES = {"where": 0, "masked_fill": 1}  # by the argument of that number
+COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne", "isnan", "isinf", "isfinite"])
 
 Values = dict[Node, Any]
 Candidate = Callable[[Mapping[Node, Any]], Sequence[Tensor]]
@@ -68,11 +78,13 @@ class Judge:
     ) -> bool:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
-            for trial, magnitude in enumerate(MAGNITUDES):
-                fewer = Fewer(batch, TRIALS[trial][0])
-                inputs = _drawn(region, TRIALS[trial], magnitude, trial, given, fewer)
+            partial = Partial(region)
+            for trial, magnitude in enumerate((*MAGNITUDES, LARGE) if partial.unseen else MAGNITUDES):
+                sizes = TRIALS[trial % len(TRIALS)]
+                fewer = Fewer(batch, sizes[0])
+                inputs = _drawn(region, sizes, magnitude, trial, given, fewer)
                 theirs, ours = _copied(inputs), _copied(inputs)
-                values = run(region, theirs, fewer)
+                values = run(region, theirs, fewer, partial)
                 expected = [values[node] for node in outputs] + [theirs[s] for s in states]
                 try:
                     got = [*candidate(ours), *(ours[s] for s in states)]
@@ -80,7 +92,52 @@ class Judge:
                     raise Refused(outputs[0], str(error)) from error
                 if not all(_close(e, g) for e, g in zip(expected, got, strict=True)):
                     return False
+        if partial.unseen:
+            node = next(iter(partial.unseen))
+            raise Refused(node, f"{node.name} acts on values that no trial has: it cannot be left out")
         return True
+
+
+class Partial:
+    """The operators of a region that act on some values only, until a trial has shown what each does.
+
+    Attributes:
+        unseen: those that have left all values as they were, or made the same choice for all, and for a
+            choice and a comparison the outcomes so far.
+    """
+
+    def __init__(self, region: Sequence[Node]) -> None:
+        self.unseen: dict[Node, set[bool]] = {
+            node: set()
+            for node in region
+            if _operation(node) in LIMITS
+            or _operation(node) in CHOICES
+            or (_operation(node) in COMPARISONS and node.args[0].meta["val"].is_floating_point())  # type: ignore[union-attr]
+        }
+
+    def looked_at(self, node: Node, before: Tensor | None, args: Sequence[Any], after: Any) -> None:
+        """What the operator made of its first argument, or which outcomes it had."""
+        if node not in self.unseen:
+            return
+        if before is not None:
+            seen = bool((before != after).any())
+        else:
+            number = CHOICES.get(_operation(node))
+            self.unseen[node].update((after if number is None else args[number]).unique().tolist())
+            seen = len(self.unseen[node]) > 1
+        if seen:
+            del self.unseen[node]
+
+    def before(self, node: Node, args: Sequence[Any]) -> Tensor | None:
+        """The values that a limit is given, which it may write to."""
+        limited = node in self.unseen and _operation(node) in LIMITS
+        return args[0].clone() if limited else None
+
+
+def _operation(node: Node) -> str:
+    """The name of an ATen operator without overload and the mark of writing in place."""
+    namespace, _, name = str(node.target).partition(".")
+    return name.partition(".")[0].removesuffix("_") if namespace == "aten" else ""
 
 
 class Fewer(NamedTuple):
@@ -185,12 +242,18 @@ def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
     return int(expression.subs(sizes))
 
 
-def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer | None = None) -> Values:
+def run(
+    region: Sequence[Node],
+    values: Mapping[Node, Any],
+    fewer: Fewer | None = None,
+    partial: Partial | None = None,
+) -> Values:
     """The region's values in float64 on a CPU; writes go to the values given."""
-    known, fewer = dict(values), fewer or Fewer()
+    known, fewer, partial = dict(values), fewer or Fewer(), partial or Partial(())
     for node in region:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         args, kwargs = map_aggregate((tuple(map(fewer.shape, args)), kwargs), _exact)
+        before = partial.before(node, args)
         try:
             known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         except RuntimeError as error:
@@ -199,6 +262,7 @@ def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer | None 
             )
             raise Refused(node, f"{node.name} {why}") from error
         fewer.check(node, known[node])
+        partial.looked_at(node, before, args, known[node])
     return known
 
 

@@ -21,6 +21,7 @@ _QUIET = frozenset(
         "clone",
         "contiguous",
         "detach",
+        "detach_",
         "dropout",
         "empty",
         "expand",

@@ -1,0 +1,108 @@
+"""What acts on some values only is not taken for nothing because no trial met such values."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fxfuse import Rewritten, rewrite
+
+# Each leaves values near zero as they are.
+LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda x: x.clamp(-8, 8),
+    "a wide clamp": lambda x: x.clamp(-1e4, 1e4),
+    "clamp in place": lambda x: (x * 1).clamp_(max=8),
+    "hardtanh": lambda x: F.hardtanh(x, -8, 8),
+    "minimum": lambda x: torch.minimum(x, torch.full((), 8.0)),
+    "where": lambda x: torch.where(x > 8, 8.0, x),
+    "masked_fill": lambda x: x.masked_fill(x > 8, 0.0),
+    "nan_to_num": lambda x: x.nan_to_num(0.0),
+    "times a comparison": lambda x: x * (x < 8),
+}
+
+
+class Attention(nn.Module):
+    """Query and key limited between projection and norm, as models with clip_qkv have it."""
+
+    def __init__(self, limit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.limit = limit
+        self.q, self.k, self.v = (nn.Linear(32, n, bias=False) for n in (32, 16, 16))
+        self.q_norm, self.k_norm = (nn.Parameter(torch.randn(8)) for _ in range(2))
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        def turned(x: Tensor, heads: int, weight: Tensor) -> Tensor:
+            x = x.unflatten(-1, (heads, 8))
+            x = (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * (1 + weight)).transpose(1, 2)
+            a, b = x.chunk(2, -1)
+            return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+        q = turned(self.limit(self.q(x)), 4, self.q_norm)
+        k = turned(self.limit(self.k(x)), 2, self.k_norm)
+        v = self.v(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+class Convolution(nn.Module):
+    """A causal convolution by hand, with limited taps."""
+
+    def __init__(self, limit: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.limit, self.weight = limit, nn.Parameter(torch.randn(8, 4) * 30)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (F.pad(x, (3, 0)).unfold(2, 4, 1) * self.limit(self.weight)[:, None]).sum(-1)
+        return F.silu(y).transpose(1, 2).contiguous() @ torch.eye(8)  # shows no strides
+
+
+def rules(rewritten: Rewritten) -> set[str]:
+    return {
+        match.rule
+        for graph in rewritten.report.graphs
+        for o in graph.outcomes.values()
+        for match in o.matches
+    }
+
+
+def same(x: Tensor) -> Tensor:
+    return x
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_a_limit_between_projection_and_norm_stays(limit: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(0)
+    x, cos, sin = torch.randn(2, 5, 32) * 100, torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    x[0, 0] = 1e6
+    module = Attention(limit)
+    rewritten = rewrite(module, [x, cos, sin], target="cuda")
+    assert "qk_norm_rope_gate" not in rules(rewritten)
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten.graph_module(x, cos, sin), module(x, cos, sin))
+
+
+@pytest.mark.parametrize("limit", LIMITS.values(), ids=LIMITS)
+def test_a_limit_of_the_taps_of_a_convolution_stays(limit: Callable[[Tensor], Tensor]) -> None:
+    x = torch.randn(2, 8, 11, generator=torch.Generator().manual_seed(0)) * 30
+    module = Convolution(limit)
+    with torch.no_grad():
+        module.weight[0, 0] = 1e6
+    rewritten = rewrite(module, [x], target="cuda")
+    with torch.no_grad():
+        torch.testing.assert_close(rewritten.graph_module(x), module(x))
+
+
+def test_without_a_limit_both_match() -> None:
+    x, cos, sin = torch.randn(2, 5, 32), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    assert "qk_norm_rope_gate" in rules(rewrite(Attention(same), [x, cos, sin], target="cuda"))
+    assert "causal_conv1d" in rules(rewrite(Convolution(same), [torch.randn(2, 8, 11)], target="cuda"))
+
+
+def test_the_reason_names_the_operator() -> None:
+    x, cos, sin = torch.randn(2, 5, 32), torch.randn(2, 5, 8), torch.randn(2, 5, 8)
+    report = rewrite(Attention(LIMITS["a wide clamp"]), [x, cos, sin], target="cuda").report
+    assert any(
+        "clamp" in miss.reason and "acts on values that no trial has" in miss.reason for miss in report.misses
+    )
