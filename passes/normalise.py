@@ -147,7 +147,12 @@ def _constants_as_numbers(program: Program) -> None:
             if len(values) < 2 or not isinstance(values[0], torch.Tensor):
                 continue
             if (values[0].dtype, values[0].device) == (values[1].dtype, values[1].device):  # type: ignore[union-attr]
-                user.args = (x, number)
+                rounds = first is node and "mul" in str(user.target)  # in front it has the dtype of x
+                own = (
+                    torch.tensor(number, dtype=torch.float64).to(values[0].dtype).item() if rounds else number
+                )
+                if math.isfinite(own):
+                    user.args = (x, own)
         for unused in (node, node.args[0]):
             if not unused.users:  # type: ignore[union-attr]
                 program.graph.erase_node(unused)  # type: ignore[arg-type]

@@ -97,8 +97,7 @@ def _run(given: Given) -> tuple[Tensor, Tensor]:
     """The rule over [B, T, ...] as one node of a graph; shapes and dtypes as in `Given`."""
     check("chunk_gated_delta_rule", *given.tensors)  # type: ignore[arg-type]
     if refusal(*given.tensors) is not None:  # type: ignore[arg-type]
-        out, state = reference(*given)
-        return out, state.clone() if state is given.initial_state else state
+        return reference(*given)
     function = _fla() if suits_fla(given) else None
     return launch(*given) if function is None else by_fla(function, *given)
 

@@ -160,7 +160,9 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     length = given.value.shape[1]
     state = initial(given.query, given.value, given.initial_state)
     if length == 0:
-        return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone()
+        return given.value.new_empty(given.value.shape, dtype=given.query.dtype), state.clone(
+            memory_format=torch.contiguous_format
+        )
     batch, _, heads, _ = given.value.shape
     outs, state = [], state.flatten(0, 1)
     # Chunk by chunk, so that all of it stays in the caches of a CPU.

@@ -304,3 +304,18 @@ def test_a_graph_with_an_autocast_that_tracing_would_lose_is_refused() -> None:
     graph.output(graph.call_function(torch.matmul, (x, x)))
     with pytest.raises(UnsupportedModelError, match="set_autocast_enabled is lost in tracing"):
         rewrite(GraphModule(nn.Module(), graph), [torch.randn(4, 4)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("number", [0.1, 7e4, 3.0])
+def test_a_constant_in_front_is_rounded_as_it_was(number: float, dtype: torch.dtype) -> None:
+    """A number behind a value keeps its digits; a tensor without dimensions in front of it has its dtype."""
+
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            c = torch.tensor(number)
+            return c * x, x * c, c + x, x + c
+
+    x = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for got, expected in zip(rewrite(Scaled(), [x]).graph_module(x), Scaled()(x), strict=True):
+        assert torch.equal(got, expected)
