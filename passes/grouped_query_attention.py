@@ -62,7 +62,7 @@ def _repeated(guards: Guards, judge: Judge, node: Node, reader: Node) -> Shared 
 
         if not judge.equal(region, [node], repeat, f"repeat {ratio}"):
             continue
-        reason = guards.reason(region, [node], {node.meta["val"].dtype}, at=reader)
+        reason = guards.reason(region, [node], {node.meta["val"].dtype}, at=reader, kept=True)
         if reason is None:
             return Shared(source, ratio, region)
         refused = refused or reason

@@ -99,6 +99,7 @@ class Guards:
         dtypes: Collection[torch.dtype],
         states: Collection[Node] = (),
         at: Node | None = None,
+        kept: bool = False,
     ) -> tuple[Node, str] | None:
         """The node that decides, and why; None where the region may be replaced by one call at its end.
 
@@ -107,6 +108,7 @@ class Guards:
             dtypes: floating dtypes that values inside may have.
             states: inputs that the region writes, and the call that replaces it.
             at: the node before which the inputs are read instead, where that is not the end of the region.
+            kept: whether the outputs stay as they are for everybody else: then nobody sees another layout.
         """
         inside = set(region)
         given = {storage_of(n) for n in read_by(region)} - {None} - {storage_of(s) for s in states}
@@ -120,7 +122,7 @@ class Guards:
             if isinstance(value, Tensor) and value.is_floating_point() and value.dtype not in dtypes:
                 return node, f"{node.name} is {value.dtype}, which the computation is not rounded to"
         written = {storage_of(state) for state in states}
-        for node in outputs:
+        for node in () if kept else outputs:
             storage, value = storage_of(node), node.meta.get("val")
             if storage in self.fixed and storage not in written and not is_contiguous(value):
                 return node, f"{node.name} leaves the graph, or its strides are read"

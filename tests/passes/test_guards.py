@@ -183,6 +183,23 @@ def test_keys_written_between_repeat_and_attention_are_read_as_they_were(
     assert merged == any(row.matched for row in result.report.rows if row.rule == "grouped_query_attention")
 
 
+@pytest.mark.parametrize("heads", [1, 2])
+def test_a_repeat_in_the_memory_of_a_returned_cache_is_seen_through(heads: int) -> None:
+    """Of a single head the repeat is a view of the cache; it stays as it is, and attention reads the head."""
+
+    class Cached(nn.Module):
+        def forward(self, query: Tensor, keys: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
+            keys = torch.cat([keys, key], 2)
+            repeated = keys[:, :, None].expand(-1, -1, 4, -1, -1).reshape(2, 4 * heads, -1, 8)
+            return F.scaled_dot_product_attention(query, repeated, repeated) + 0, keys
+
+    given = [torch.randn(2, n, t, 8) for n, t in ((4 * heads, 1), (heads, 6), (heads, 1))]
+    result = rewrite(Cached(), given, target="cuda", dynamic=False)
+    assert any(row.matched for row in result.report.rows if row.rule == "grouped_query_attention")
+    for got, expected in zip(result.graph_module(*given), Cached()(*given), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 @pytest.mark.parametrize("written", [None, "a", "b", "A_log", "dt_bias"])
 def test_gates_of_what_is_written_before_the_rule_reads_them_stay_what_they_were(written: str | None) -> None:
     from transformers.models.qwen3_next.modeling_qwen3_next import torch_chunk_gated_delta_rule
