@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.fx import Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
@@ -36,9 +37,10 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
     with graph.inserting_before(conv):
         padded = call(aten.constant_pad_nd.default, x, [padding, padding]) if padding else x
         row, columns = wide(padded), call(aten.permute.default, wide(weight), [2, 0, 1])
-        if conv.meta["val"].shape[-1] != 1:  # written out once, else each column is gathered for each token
+        if not statically_known_true(conv.meta["val"].shape[-1] == 1):
+            # Once: else each column is gathered for each token.
             columns = call(aten.contiguous.default, columns)
-            columns = call(aten.as_strided.default, columns, [taps, channels, 1], [channels, 1, 1])
+            columns = regions.written_out(program, conv, columns, taps, channels, 1)
         products = []
         for k in range(taps):
             shifted = call(aten.slice.Tensor, row, 2, k, k - taps + 1 or sys.maxsize)

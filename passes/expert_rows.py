@@ -56,9 +56,8 @@ def _replace(program: Program, grouped: Node) -> None:
         number = call(aten.arange.default, rows)
         ended = call(aten.le.Tensor, offsets, call(aten.unsqueeze.default, number, 1))
         expert = call(aten.clamp.default, call(aten.sum.dim_IntList, ended, [1]), None, experts - 1)
-        # Written out once, as in `one_row_linears`.
         row = call(aten.contiguous.default, call(aten.to.dtype, x, torch.float32, False, True))
-        row = call(aten.as_strided.default, row, [rows, 1, width], [width, width, 1])
+        row = regions.written_out(program, grouped, row, rows, 1, width)  # once, as in `one_row_linears`
         chosen = call(aten.index.Tensor, call(aten.transpose.int, weight, 1, 2), [expert])
         y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, cast(chosen, torch.float32), row), [-1])
         somebodys = call(aten.lt.Tensor, number, call(aten.select.int, offsets, 0, -1))

@@ -143,8 +143,8 @@ def _operation(node: Node) -> str:
 class Fewer(NamedTuple):
     """`few` sequences are run instead of a batch; all of them where that is None."""
 
-    batch: int | None = None
-    few: int = 0
+    batch: int | None
+    few: int
 
     def size(self, size: Any) -> Any:
         return self.few if size == self.batch else size
@@ -242,14 +242,9 @@ def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
     return int(expression.subs(sizes))
 
 
-def run(
-    region: Sequence[Node],
-    values: Mapping[Node, Any],
-    fewer: Fewer | None = None,
-    partial: Partial | None = None,
-) -> Values:
+def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer, partial: Partial) -> Values:
     """The region's values in float64 on a CPU; writes go to the values given."""
-    known, fewer, partial = dict(values), fewer or Fewer(), partial or Partial(())
+    known = dict(values)
     for node in region:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         args, kwargs = map_aggregate((tuple(map(fewer.shape, args)), kwargs), _exact)

@@ -147,7 +147,7 @@ def _constants_as_numbers(program: Program) -> None:
             if len(values) < 2 or not isinstance(values[0], torch.Tensor):
                 continue
             if (values[0].dtype, values[0].device) == (values[1].dtype, values[1].device):  # type: ignore[union-attr]
-                rounds = first is node and "mul" in str(user.target)  # in front it has the dtype of x
+                rounds = first is node and str(user.target) == ops.MUL  # in front it has the dtype of x
                 own = (
                     torch.tensor(number, dtype=torch.float64).to(values[0].dtype).item() if rounds else number
                 )

@@ -4,7 +4,7 @@ Before: y = linear(x, W)                        x: one row
 After:  y = (W.float() * x.float()).sum(-1)     in W's dtype again
 
 The row is written out once: Inductor would compute it anew for every row of W, norm and all, which takes
-twice as long. Asking for its strides makes it memory.
+twice as long.
 """
 
 from collections.abc import Hashable
@@ -55,7 +55,7 @@ def _replace(program: Program, linear: Node) -> None:
 
     with graph.inserting_before(linear):
         row = call(aten.to.dtype, call(aten.reshape.default, x, [-1]), torch.float32, False, True)
-        row = call(aten.as_strided.default, row, [width], [1])
+        row = regions.written_out(program, linear, row, width)
         wide = cast(weight, weight.meta["val"].dtype, torch.float32)
         y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, wide, row), [-1])
         if bias is not None:

@@ -3,6 +3,7 @@
 import operator
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
@@ -170,6 +171,15 @@ def call(program: Program, like: Node, target: Any, *args: Any) -> Node:
     node = program.graph.call_function(target, args)
     node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
     return node
+
+
+def written_out(program: Program, like: Node, node: Node, *sizes: Any) -> Node:
+    """A contiguous value as memory of its own, in these sizes.
+
+    Inductor computes a value anew for each of its readers; asking for strides makes it memory.
+    """
+    strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    return call(program, like, torch.ops.aten.as_strided.default, node, [*sizes], strides)
 
 
 def erase(program: Program, region: Sequence[Node]) -> None:

@@ -31,6 +31,15 @@ def logits(model: Any, ids: Tensor, **kwargs: Any) -> Tensor:
     return found
 
 
+def in_threads(function: Callable[[int], None], count: int) -> None:
+    """Call the function with each number below `count`, all at the same time."""
+    threads = [threading.Thread(target=function, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
 def plain(model: Any, ids: Tensor) -> Tensor:
     with torch.no_grad():
         return model.forward(ids).logits
@@ -101,11 +110,7 @@ def test_threads_that_call_one_model_at_the_same_time_get_their_own_answers(make
             if not torch.allclose(got, expected[i], atol=1e-4):
                 wrong.append(f"thread {i}: off by {(got - expected[i]).abs().max():.3g}")
 
-    threads = [threading.Thread(target=caller, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(caller, len(prompts))
     assert not wrong and not model.optimization_report.failures
     assert model.optimization_report.calls >= 1 + 5 * len(prompts) - len(prompts)
 
@@ -134,11 +139,7 @@ def test_threads_that_meet_at_the_first_call_get_their_own_answers(make_model: M
         except Exception as error:
             wrong.append(f"thread {i}: {type(error).__name__}: {error}")
 
-    threads = [threading.Thread(target=caller, args=(i,)) for i in range(len(prompts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(caller, len(prompts))
     assert not wrong, wrong
     assert not model.optimization_report.failures and model.optimization_report.calls == 2 * len(prompts)
 
