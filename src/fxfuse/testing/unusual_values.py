@@ -1,4 +1,4 @@
-"""Changes with what language models seldom compute with: complex numbers, autocast, shared memory."""
+"""Changes with what language models seldom compute with: complex numbers, limits, autocast, shared memory."""
 
 import random
 from collections.abc import Callable
@@ -89,6 +89,27 @@ def _negative_view(module: GraphModule, values: Values, rng: random.Random) -> s
     last = insert(last, *again)
     _for_some(rng, node, last, first)
     return f"{node.name}: its negative is {kind}"
+
+
+def _limited(module: GraphModule, values: Values, rng: random.Random) -> str:
+    """Large values are cut off, where an input may be larger than any that a block is written for."""
+    node = some(rng, [n for n in _read(module, values) if values[n.name].numel()])
+    larger = rng.choice((1, 1, 16))
+    limit = max(float(values[node.name].abs().double().quantile(rng.choice((0.5, 0.8)))), 0.5) * larger
+    kind = rng.choice(("clamp", "clamp_max", "clamp_min", "masked_fill", "mul"))
+    if kind == "clamp":
+        first = last = insert(node, kind, node, -limit, limit)
+    elif kind in ("clamp_max", "clamp_min"):
+        first = last = insert(node, kind, node, limit if kind == "clamp_max" else -limit)
+    else:
+        first = insert(node, "lt" if kind == "mul" else "gt", node, limit)
+        last = insert(first, kind, node, first, *((0.0,) if kind == "masked_fill" else ()))
+    node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in (first, last))
+    if larger > 1:
+        given = some(rng, [n for n in floating(module, values) if n.op == "placeholder" and n.users])
+        scaled = insert(given, "mul", given, larger)
+        instead(given, scaled, scaled)
+    return f"{node.name}: {kind} beyond {limit:.3g}"
 
 
 def _autocast(module: GraphModule, values: Values, rng: random.Random) -> str:
@@ -267,6 +288,7 @@ UNUSUAL: dict[str, Callable[[GraphModule, Values, random.Random], str]] = {
     "a comparison in place": _compared_in_place,
     "complex numbers": _complex,
     "a negative without a copy": _negative_view,
+    "a limit": _limited,
     "an autocast region": _autocast,
     "a batch of one weight": _batched_weight,
     "a constant that is written": _written_constant,
