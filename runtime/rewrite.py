@@ -51,6 +51,7 @@ def rewrite(
     inner: str = "eager",
     target: str = "auto",
     dynamic: bool = True,
+    round_beta: bool = False,
 ) -> Rewritten:
     """Rewrite a graph module; the one given is neither changed nor shared with.
 
@@ -58,14 +59,16 @@ def rewrite(
         graph_module: any torch.fx.GraphModule, or a module that make_fx can trace.
         example_inputs: positional inputs; their dtypes are taken as they are; sizes other than 0 and 1 may
             vary later, as far as the module does not branch on them.
-        passes, weights, inner, target: as in `fxfuse.runtime.options.Options`; `inner` and `target` say for
-            whom to lower.
+        passes, weights, inner, target, round_beta: as in `fxfuse.runtime.options.Options`; `inner` and
+            `target` say for whom to lower.
         dynamic: False takes every size as it is in `example_inputs`, which traces in a fraction of the time.
 
     Raises OptionError for an unknown pass, and UnsupportedModelError for a graph that switches autocast by
     calls that tracing loses. A graph without the idiom comes back as it was, with an empty plan.
     """
-    options = Options.of({"passes": passes, "weights": weights, "inner": inner, "target": target})
+    options = Options.of(
+        {"passes": passes, "weights": weights, "inner": inner, "target": target, "round_beta": round_beta}
+    )
     started = time.perf_counter()
     tensors = {**dict(graph_module.named_parameters()), **dict(graph_module.named_buffers())}
     program = traced(graph_module, tensors, example_inputs, options, dynamic)
@@ -120,7 +123,14 @@ def traced(
         for node, name in zip(placeholders, tensors, strict=False)
         if name in parameters
     }
-    return Program(traced, weights, mode, grad_enabled=False, copy_weights=options.weights == "copy")
+    return Program(
+        traced,
+        weights,
+        mode,
+        grad_enabled=False,
+        copy_weights=options.weights == "copy",
+        round_beta=options.round_beta,
+    )
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

@@ -180,6 +180,15 @@ def test_the_recurrence_takes_the_norms_of_its_query_and_key_or_leaves_them() ->
         assert rule.args[-1] is normalise
 
 
+@pytest.mark.parametrize("name", ["gdn_decode", "gdn_gates"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_the_switch_that_rounds_the_rate_reaches_the_call(name: str, rounded: bool) -> None:
+    passes = [name] if name == "gdn_decode" else list(PARTS)
+    found = rewrite(Step(), inputs(), passes=passes, dynamic=False, round_beta=rounded)
+    (call,) = (n for n in found.graph_module.graph.nodes if str(n.target) == f"fxfuse.{name}.default")
+    assert call.args[-1] is rounded
+
+
 class Normalised(nn.Module):
     """A chunked delta rule whose query and key are l2-normalised before it."""
 
