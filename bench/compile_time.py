@@ -1,7 +1,7 @@
 """Time from `optimize()` to the second token: a prompt and the first decoded token, cold and warm.
 
-Each sample is a process of its own. Cold, its caches on disk are empty; warm, they are those of the sample
-before. Several depths show how it grows with layers. `pays after` is the number of tokens whose gain over
+Each sample is a process of its own. Cold, its caches on disk are empty; warm, an earlier process has filled
+them. Several depths show how it grows with layers. `pays after` is the number of tokens whose gain over
 eager is what compiling cost. Dynamo's own capture is reported beside; what is imported is not counted.
 """
 
@@ -67,8 +67,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         shapes = build(options, depth, device="meta")
         ways = ["eager", *options.peers, "fxfuse", MERGE_ONLY]
         compared = [Contender(way, shapes, ours=way.startswith("fxfuse")) for way in ways]
-        for state in options.state:
-            with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
+            for state in options.state:
                 rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
                 layers = shapes.config.num_hidden_layers
                 peers = [_peer(options, way, rows, state, Path(home), layers) for way in ways]
@@ -91,18 +91,20 @@ def _peer(
     home: Path,
     layers: int,
 ) -> Peer:
-    def sample() -> float:
-        number = len(rows[way]) if state == "cold" else 0
-        folder = home / f"{ways.index(way)}-{number}"
+    def started(folder: Path) -> dict[str, Any]:
         caches = {name: str(folder / name) for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")}
-        rows[way].append(in_process(__file__, options, caches, way=way, layers=layers))
+        return in_process(__file__, options, caches, way=way, layers=layers)
+
+    def sample() -> float:
+        cold = state == "cold"
+        folder = home / f"{list(rows).index(way)}-{len(rows[way]) if cold else 0}"
+        if not (cold or rows[way] or folder.exists()):
+            started(folder)
+        rows[way].append(started(folder))
         return float(rows[way][-1]["seconds"])
 
-    ways = list(rows)
-
     def median(name: str, key: str) -> float:
-        # The first sample of a warm case fills the caches.
-        return statistics.median(row[key] for row in rows[name][1:] or rows[name])
+        return statistics.median(row[key] for row in rows[name])
 
     def figures() -> dict[str, float]:
         found = {"Dynamo s": median(way, "capture"), "ms/token": median(way, "token") * 1e3}
@@ -115,7 +117,7 @@ def _peer(
 
 
 def parser() -> argparse.ArgumentParser:
-    options = model_arguments(__doc__, rounds=3, warmup=1)
+    options = model_arguments(__doc__, rounds=3, warmup=0)
     options.add_argument("--prompt", type=int, default=64, help="tokens of the prompt (default 64)")
     options.add_argument("--tokens", type=int, default=16, help="of the calls afterwards (default 16)")
     options.add_argument("--cache", choices=CACHES, default="StaticCache", help="default StaticCache")

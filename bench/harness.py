@@ -306,13 +306,13 @@ def measure(
 
     Args:
         rounds: timed samples of each peer.
-        warmup: untimed samples of each peer before, at least 1; the first of them is `first_seconds`.
+        warmup: untimed samples of each peer before; 0 where each sample is a process of its own.
 
     Raises:
-        OptionError: fewer than one round or warm-up sample.
+        OptionError: fewer than one round, or fewer than no samples before.
     """
-    if rounds < 1 or warmup < 1:
-        raise OptionError(f"rounds={rounds}, warmup={warmup}: each has to be at least 1")
+    if rounds < 1 or warmup < 0:
+        raise OptionError(f"rounds={rounds}, warmup={warmup}: at least 1 and 0 are needed")
     first: dict[str, float] = {}
     samples: dict[str, list[float]] = {peer.name: [] for peer in case.peers}
     fused = {peer.name: peer.fused_calls is not None for peer in case.peers}

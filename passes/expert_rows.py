@@ -17,15 +17,24 @@ from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.one_row_linears import DTYPES
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.storage_writes import StorageWrites
+from fxfuse.patterns import ops
 
 RULE = "expert_rows"
 GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 MOST_ROWS = 32  # more rows share experts, whose weights a product of matrices reads once
 
 
-def _suits(grouped: Node) -> bool:
+def _stored(weight: Node, writes: StorageWrites) -> Node:
+    """What a copy of the weights was made of: chosen rows are read where they lie."""
+    while str(weight.target) in (ops.CONTIGUOUS, ops.CLONE) and not writes.is_written(weight.args[0]):  # type: ignore[arg-type]
+        weight = weight.args[0]  # type: ignore[assignment]
+    return weight
+
+
+def _suits(grouped: Node, weight: Node) -> bool:
     """Whether it is a product of few rows on a CPU with weights that lie row by row."""
-    x, weight, offsets, *rest = grouped.args
+    x, _, offsets, *rest = grouped.args
     if grouped.kwargs or any(more is not None for more in rest) or not isinstance(offsets, Node):
         return False
     rows, experts, y = x.meta["val"], weight.meta["val"], grouped.meta["val"]  # type: ignore[union-attr]
@@ -41,11 +50,11 @@ def _suits(grouped: Node) -> bool:
     )
 
 
-def _replace(program: Program, grouped: Node) -> None:
+def _replace(program: Program, grouped: Node, weight: Node) -> None:
     aten, graph = torch.ops.aten, program.graph
-    x, weight, offsets = grouped.args
+    x, _, offsets = grouped.args
     dtype, (rows, width) = grouped.meta["val"].dtype, x.meta["val"].shape  # type: ignore[union-attr]
-    experts = weight.meta["val"].shape[0]  # type: ignore[union-attr]
+    experts = weight.meta["val"].shape[0]
 
     call = partial(regions.call, program, grouped)
 
@@ -70,12 +79,13 @@ def _replace(program: Program, grouped: Node) -> None:
 def run(program: Program) -> Outcome:
     """Rewrite every grouped product of a few rows on a CPU; those of more rows are no candidates."""
     outcome = Outcome()
-    mode = modes(program.graph, program.grad_enabled)
+    mode, writes = modes(program.graph, program.grad_enabled), StorageWrites(program.graph)
     for grouped in program.calls(*GROUPED):
-        if mode[grouped] != PLAIN or not _suits(grouped):
+        weight = _stored(grouped.args[1], writes)  # type: ignore[arg-type]
+        if mode[grouped] != PLAIN or not _suits(grouped, weight):
             continue
         where = module_path(grouped) or grouped.name
-        rows, experts = (grouped.args[n].meta["val"].shape[0] for n in range(2))  # type: ignore[union-attr]
-        _replace(program, grouped)
+        rows, experts = (n.meta["val"].shape[0] for n in (grouped.args[0], weight))  # type: ignore[union-attr]
+        _replace(program, grouped, weight)
         outcome.matches.append(Match(RULE, where, (), f"{rows} rows of {experts} experts → reduction"))
     return outcome

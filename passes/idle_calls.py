@@ -37,15 +37,22 @@ def fold_idle_calls(program: Program) -> None:
     _views_to_reshapes(program, writes)
     shown = layout_shows(program.graph)
     stale: set[Node] = set()
+    (output,) = program.graph.find_nodes(op="output")
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
             continue
         strides = [n.meta["val"].stride() for n in (node, source)]
         anew = not equal_sizes(*strides) and storage_of(node) in shown
-        if writes.is_written(node) or writes.is_written(source) or storage_of(node) in fixed or anew:
+        twice = str(node.target) == ops.NEG  # the first of two has read the source
+        read: Node = node.args[0] if twice else node  # type: ignore[assignment]
+        if writes.is_written(node) or (twice and writes.is_written(read)):
             continue
-        if str(node.target) == ops.NEG and writes.is_written(node.args[0]):  # type: ignore[arg-type]
+        if (
+            writes.version(source, read) != writes.version(source, output)
+            or storage_of(node) in fixed
+            or anew
+        ):
             continue
         stale |= set(node.users)
         node.replace_all_uses_with(source)

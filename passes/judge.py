@@ -1,8 +1,8 @@
 """Whether a call computes what a part of a graph does: both are run in float64 on the same random values.
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
-at two magnitudes, so that epsilons count, and at a third where an operator acts on some values only; one that
-did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so does a batch that is
+at two magnitudes, so that epsilons count, and at a third where an operator acts on some values only, until it
+has acted; one that did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so does a batch that is
 too large.
 """
 
@@ -25,7 +25,9 @@ from fxfuse.patterns import ops
 # Elements that a value may have to be computed in float64: half a gigabyte.
 MOST_ELEMENTS = 2**26
 MAGNITUDES = (1.0, 1e-3)
-LARGE = 30.0  # beyond the threshold of softplus; its exponentials are finite in float64
+# Beyond the threshold of softplus; its exponentials are finite in float64. A single value is beyond it in a
+# quarter of the trials: as many are made as it takes, up to a bound.
+LARGE = (30.0,) * 16
 TOLERANCE = 1e-7
 # Operators that leave most values as they are, or tell them apart.
 LIMITS = frozenset(
@@ -79,7 +81,9 @@ class Judge:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
             partial = Partial(region)
-            for trial, magnitude in enumerate((*MAGNITUDES, LARGE) if partial.unseen else MAGNITUDES):
+            for trial, magnitude in enumerate((*MAGNITUDES, *LARGE)):
+                if trial >= len(MAGNITUDES) and not partial.unseen:
+                    break
                 sizes = TRIALS[trial % len(TRIALS)]
                 fewer = Fewer(batch, sizes[0])
                 inputs = _drawn(region, sizes, magnitude, trial, given, fewer)

@@ -17,11 +17,12 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
-from fxfuse.passes.linear_spellings import put_weights_second, spell_linears
+from fxfuse.passes.linear_spellings import put_weights_second, spell_linears, value_of
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.pointwise_convolutions import spell_pointwise_convolutions
 from fxfuse.passes.program import Program
+from fxfuse.passes.regions import is_contiguous
 from fxfuse.passes.storage_writes import (
     StorageWrites,
     equal_sizes,
@@ -265,13 +266,13 @@ def _hands_on_memory(node: Node) -> bool:
 
 def _one_view_of_each(program: Program) -> None:
     """view(x, s), reshape(x, s) -> one of them, and x itself where s is its shape."""
-    writes, (output,) = StorageWrites(program.graph), program.graph.find_nodes(op="output")
+    (output,) = program.graph.find_nodes(op="output")
     bases: dict[Node, Node] = {}
     views: dict[Node, list[Node]] = defaultdict(list)
     for node in list(program.graph.nodes):
         reads_memory = str(node.target) in ops.STRIDE_READERS  # whose input has to be in memory
         source = node.args[0] if _hands_on_memory(node) and not reads_memory else None
-        if not isinstance(source, Node) or writes.is_written(node) or output in node.users:
+        if not isinstance(source, Node) or output in node.users:
             continue
         base = bases[node] = bases.get(source, source)
         same = next((other for other in (base, *views[base]) if _is_the_same(program, node, other)), None)
@@ -304,10 +305,11 @@ def _one_reshape(program: Program) -> None:
             node.target, node.args, node.kwargs = torch.ops.aten.reshape.default, (source, sizes), {}
     for node in program.calls(ops.RESHAPE):
         source = node.args[0]
-        twice = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
-        if twice and not writes.is_written(node) and storage_of(node) not in shown:
-            whole: Node = source.args[0]  # type: ignore[union-attr, assignment]
-            if writes.version(whole, source) != writes.version(whole, output):  # type: ignore[arg-type]
+        if not isinstance(source, Node) or str(source.target) not in (ops.RESHAPE, ops.FLATTEN):
+            continue
+        whole: Node = source.args[0]  # type: ignore[assignment]
+        if not writes.is_written(node) and (storage_of(node) not in shown or is_contiguous(value_of(whole))):
+            if writes.version(whole, source) != writes.version(whole, output):
                 continue
             node.args = (whole, *node.args[1:])
             node.meta.pop("val", None)

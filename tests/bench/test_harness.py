@@ -146,6 +146,16 @@ def test_a_baseline_that_is_no_peer_is_refused(harness: Any, clock: FakeClock) -
 def test_rounds_have_to_be_positive(harness: Any, clock: FakeClock, limit: Any) -> None:
     with pytest.raises(OptionError, match="rounds=0"):
         harness.measure(two_peers(harness, clock), limit, rounds=0)
+    with pytest.raises(OptionError, match="warmup=-1"):
+        harness.measure(two_peers(harness, clock), limit, warmup=-1)
+
+
+def test_without_samples_before_the_first_one_counts(harness: Any, clock: FakeClock, limit: Any) -> None:
+    results = harness.measure(
+        two_peers(harness, clock), limit, rounds=2, warmup=0, clock=clock, progress=False
+    )
+    assert [len(result.samples) for result in results] == [2, 2]
+    assert all(result.first_seconds >= result.samples[0] for result in results)
 
 
 def test_json_goes_there_and_back(harness: Any, clock: FakeClock, limit: Any) -> None:

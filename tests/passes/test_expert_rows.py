@@ -82,6 +82,23 @@ def test_rows_in_another_layout(rewrite_equal: Any) -> None:
     assert len(matches(rewritten)) == 1
 
 
+@pytest.mark.parametrize("written", [False, True])
+def test_a_copy_of_the_weights_is_looked_through_unless_they_are_written(
+    rewrite_equal: Any, written: bool
+) -> None:
+    class Copied(Grouped):
+        def forward(self, x: Tensor, offsets: Tensor) -> Any:
+            stored = self.weight * 2
+            copy = stored.transpose(-2, -1).contiguous()
+            if written:
+                stored.zero_()
+            return torch.ops.transformers.grouped_mm_fallback(x, copy, offs=offsets), stored
+
+    given = [integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)]
+    found = matches(rewrite_equal(Copied(), given, passes=PASS, dynamic=False))
+    assert len(found) == (0 if written else 1)
+
+
 def test_half_precision_is_summed_in_fp32() -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):

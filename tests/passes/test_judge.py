@@ -1,6 +1,7 @@
 """What acts on some values only is not taken for nothing because no trial met such values."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -92,6 +93,25 @@ def test_a_limit_of_the_taps_of_a_convolution_stays(limit: Callable[[Tensor], Te
     rewritten = rewrite(module, [x], target="cuda")
     with torch.no_grad():
         torch.testing.assert_close(rewritten.graph_module(x), module(x))
+
+
+@pytest.mark.parametrize("heads", [1, 2, 3])
+def test_what_few_values_show_takes_more_trials(heads: int) -> None:
+    """A softplus by hand: of a single head one value in four is beyond its threshold."""
+
+    class Gates(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a_log, self.dt_bias = (nn.Parameter(torch.randn(heads)) for _ in range(2))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Any:
+            x = a.float() + self.dt_bias
+            softplus = torch.where(x > 20, x, torch.log1p(torch.exp(x)))
+            g = -self.a_log.float().exp() * softplus
+            return torch.ops.fxfuse.chunk_gated_delta_rule(q, k, v, g, b.sigmoid(), None, True)
+
+    inputs = [*torch.randn(3, 1, 1, heads, 4), *torch.randn(2, 1, 1, heads)]
+    assert "gdn_gates" in rules(rewrite(Gates(), inputs, target="cuda", dynamic=False))
 
 
 def test_without_a_limit_both_match() -> None:

@@ -107,6 +107,27 @@ def test_a_view_of_a_copy_that_goes_is_a_reshape(rewrite_equal: Any, copy: Any, 
     assert names[-1] == "aten.sum.dim_IntList"
 
 
+def test_reshapes_of_what_lies_in_a_row_are_one_where_strides_show(rewrite_equal: Any) -> None:
+    """A part of it leaves the graph: its strides are the same either way."""
+    names = normal(rewrite_equal, lambda x: (x + 1).reshape(-1).reshape(6, 4).reshape(3, 2, 4)[..., 1:] * 2)
+    assert names.count("aten.reshape.default") == 1
+
+
+@pytest.mark.parametrize("idle", [lambda x: x**1, lambda x: x[None].squeeze(0), lambda x: x.neg().neg()])
+@pytest.mark.parametrize("before", [False, True])
+def test_an_idle_copy_of_what_is_written_goes_where_no_write_follows(
+    rewrite_equal: Any, idle: Any, before: bool
+) -> None:
+    def compute(x: Tensor, cache: Tensor) -> Tensor:
+        early = idle(cache[:, 1:])
+        cache.index_copy_(1, torch.tensor([2, 0, 3]), x)
+        return (early if before else idle(cache[:, 1:])).sum(0)
+
+    names = normal(rewrite_equal, compute, X, integer_tensor((2, 5, 4), seed=1))
+    left = {"aten.pow.Tensor_Scalar", "aten.neg.default", "aten.squeeze.dim"} & set(names)
+    assert left == set() or before
+
+
 def test_a_sum_that_is_written_shows_it_with_its_dimension_back(rewrite_equal: Any) -> None:
     def compute(x: Tensor) -> Tensor:
         total = x.sum(-1)
