@@ -534,7 +534,7 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=7, help="timed samples of each peer (default 7)")
     parser.add_argument("--warmup", type=int, default=2, help="samples before those (default 2)")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's choice)")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     return parser
 
 

@@ -291,6 +291,7 @@ def usages(
     dtypes: Sequence[str],
     targets: Sequence[tuple[str, int | str]] = TARGETS,
     shapes: Sequence[tuple[int, int]] = ((1, 1), (64, 1), (1, 8192)),
+    kernels: Sequence[str] | None = None,
 ) -> Iterator[Usage]:
     """What each kernel takes at each size, [batch, length], dtype and target; equal binaries only once."""
     seen = set()
@@ -299,6 +300,8 @@ def usages(
             for dtype in dtypes:
                 for batch, length in shapes:
                     for work in works(WIDTHS[size], batch, length, DTYPES[dtype], "meta"):
+                        if kernels and work.name not in kernels:
+                            continue
                         with compile_only(*target) as compiled:
                             work.launch(*work.given)
                         for one in compiled:
@@ -349,7 +352,7 @@ def compile_all(options: argparse.Namespace) -> int:
     for column in ("warps", "registers", "shared", "spilled"):
         table.add_column(column, justify="right")
     spilled = total = 0
-    for usage in usages(options.size, options.dtype):
+    for usage in usages(options.size, options.dtype, shapes=_shapes(options), kernels=options.kernel):
         table.add_row(
             *(usage.work, usage.size, usage.dtype, usage.target),
             *map(str, (usage.warps, usage.registers, usage.shared, usage.spilled)),
@@ -415,9 +418,12 @@ def verdicts(results: Iterable[Result]) -> Iterator[str]:
     """A line for each claim on a case that was measured: what was reached, and whether that is enough."""
     for result in results:
         for claim in _claims_of(result.case) if result.fused_expected else ():
-            reached = next(ratio.of_medians for ratio in result.ratios if ratio.against == claim.against)
-            said = "met" if reached >= claim.ratio else "MISSED"
-            yield f"{said}: {result.case}: {reached:.2f}, claimed {claim}"
+            reached = next((r.of_medians for r in result.ratios if r.against == claim.against), None)
+            if reached is None:
+                yield f"NOT MEASURED: {result.case}: claimed {claim}"
+            else:
+                said = "met" if reached >= claim.ratio else "MISSED"
+                yield f"{said}: {result.case}: {reached:.2f}, claimed {claim}"
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case | Skipped]:
@@ -429,12 +435,17 @@ def cases(options: argparse.Namespace) -> Iterator[Case | Skipped]:
     until = time.monotonic() + 60 * options.minutes
     for size in options.size:
         for name in options.dtype:
-            for batch, length in (*((b, 1) for b in options.batch), *((1, t) for t in options.tokens)):
+            for batch, length in _shapes(options):
                 if time.monotonic() > until:
                     where = _case_name("every kernel", size, name, batch, length)
                     yield Skipped(where, f"the time was up: --minutes {options.minutes:g}")
                 else:
                     yield from _cases(options, size, name, batch, length)
+
+
+def _shapes(options: argparse.Namespace) -> list[tuple[int, int]]:
+    """[batch, length] of sequences that decode, and of prompts."""
+    return [*((batch, 1) for batch in options.batch), *((1, length) for length in options.tokens)]
 
 
 def _case_name(kernel: str, size: str, dtype: str, batch: int, length: int) -> str:
@@ -604,16 +615,47 @@ def _near(got: Tensor, exact: Tensor) -> bool:
     return bool(((got.double() - exact).abs() <= rounding * exact.abs() + 1e-3 * size).all())
 
 
+def _names() -> list[str]:
+    """Of the kernels, as in `Work`."""
+    widths = next(iter(WIDTHS.values()))
+    found = (work.name for t in (1, 2) for work in works(widths, 1, t, torch.bfloat16, "meta"))
+    return list(dict.fromkeys(found))
+
+
+def _at_least(least: int) -> Callable[[str], int]:
+    def number(text: str) -> int:
+        if (given := int(text)) < least:
+            raise argparse.ArgumentTypeError(f"{given}: has to be at least {least}")
+        return given
+
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     options = arguments(__doc__)
     options.add_argument("--compile-only", action="store_true", help="registers and spills; needs no GPU")
-    options.add_argument("--size", nargs="+", choices=WIDTHS, default=list(WIDTHS), help="default all")
-    options.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="default bfloat16")
+    for name, known, default in (("size", WIDTHS, list(WIDTHS)), ("dtype", DTYPES, ["bfloat16"])):
+        said = f"of {', '.join(known)} (default {'all' if len(default) > 1 else default[0]})"
+        options.add_argument(
+            f"--{name}", nargs="+", choices=known, metavar=name.upper(), default=default, help=said
+        )
     options.add_argument(
-        "--batch", type=int, nargs="+", default=[1, 8, 64, 256], help="sequences that decode"
+        "--batch",
+        type=_at_least(1),
+        nargs="+",
+        default=[1, 8, 64, 256],
+        help="sequences that decode (default %(default)s)",
     )
-    options.add_argument("--tokens", type=int, nargs="+", default=[8192], help="of a prompt (default 8192)")
-    options.add_argument("--kernel", nargs="+", help="names of the kernels to time (default all)")
+    options.add_argument(
+        "--tokens", type=_at_least(2), nargs="+", default=[8192], help="of a prompt (default %(default)s)"
+    )
+    options.add_argument(
+        "--kernel",
+        nargs="+",
+        choices=_names(),
+        metavar="KERNEL",
+        help=f"(default all) of {'; '.join(_names())}",
+    )
     options.add_argument(
         "--claims",
         action="store_true",
@@ -623,7 +665,7 @@ def parser() -> argparse.ArgumentParser:
         "--minutes",
         type=float,
         default=240.0,
-        help="begin no case after them; the rest is said to be skipped",
+        help="begin no case after them; the rest is said to be skipped (default %(default)s)",
     )
     options.set_defaults(device="cuda")
     return options
@@ -632,6 +674,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
     if options.compile_only:
+        if options.json or options.plot:
+            parser().error("--json and --plot are of times: --compile-only prints a table")
         return compile_all(options)
     if not torch.cuda.is_available():
         parser().error("no CUDA device: --compile-only shows registers and spills without one")

@@ -7,16 +7,19 @@ by the mean place of what it is joined to.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from itertools import pairwise
 
 from fxfuse.runtime.pictures import Box
 
-WIDTH, HEIGHT, GAP, RISE = 172, 36, 14, 26
+HEIGHT, GAP, RISE = 36, 14, 26
 LINE = 12
 SWEEPS = 12
-MOST_LETTERS = 24
+# A box is as wide as its text, within limits; text is cut at the upper one.
+NARROWEST, WIDEST = 104, 260
+# Widths of a letter, for the operator and for the smaller line below it (class detail in html.py).
+LETTER, SMALL_LETTER = 7.3, 6.1
 
 Point = str | tuple[str, str, int]
 
@@ -26,8 +29,9 @@ def draw(boxes: Sequence[Box], title: str) -> str:
     layer = _layers(boxes)
     edges = [(source, box.name) for box in boxes for source in box.inputs]
     rows, chains = _rows(boxes, layer, edges)
-    place = _places(rows)
-    right = max((place[p] + _width(p) / 2 for row in rows for p in row), default=WIDTH) + GAP
+    width = {box.name: _width(box) for box in boxes}
+    place = _places(rows, width)
+    right = max((place[p] + width.get(p, LINE) / 2 for row in rows for p in row), default=NARROWEST) + GAP
     bottom = len(rows) * (HEIGHT + RISE) + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {right:.0f} {bottom:.0f}" width="{right:.0f}" '
@@ -35,7 +39,7 @@ def draw(boxes: Sequence[Box], title: str) -> str:
         f"<title>{escape(title)}</title>",
     ]
     parts += [_curve([(place[p], _middle(_row(p, layer))) for p in chain]) for chain in chains]
-    parts += [_drawn(box, place[box.name], _middle(layer[box.name])) for box in boxes]
+    parts += [_drawn(box, place[box.name], _middle(layer[box.name]), width[box.name]) for box in boxes]
     return "".join([*parts, "</svg>"])
 
 
@@ -47,8 +51,9 @@ def _row(point: Point, layer: dict[str, int]) -> int:
     return layer[point] if isinstance(point, str) else point[2]
 
 
-def _width(point: Point) -> float:
-    return WIDTH if isinstance(point, str) else LINE
+def _width(box: Box) -> int:
+    text = max(len(box.operator) * LETTER, len(box.detail) * SMALL_LETTER)
+    return min(max(round(text) + 12, NARROWEST), WIDEST)
 
 
 def _layers(boxes: Sequence[Box]) -> dict[str, int]:
@@ -102,16 +107,16 @@ def _by_mean(row: list[Point], joined: dict[Point, list[Point]], order: dict[Poi
     return [point for _, point in sorted(enumerate(row), key=key)]
 
 
-def _places(rows: Sequence[Sequence[Point]]) -> dict[Point, float]:
-    """The middle of each point: rows centred over the widest."""
-    widths = [sum(_width(point) + GAP for point in row) for row in rows]
+def _places(rows: Sequence[Sequence[Point]], width: Mapping[Point, int]) -> dict[Point, float]:
+    """The middle of each point: rows centred over the widest; what has no width is a line."""
+    widths = [sum(width.get(point, LINE) + GAP for point in row) for row in rows]
     widest = max(widths, default=0)
     place: dict[Point, float] = {}
-    for row, width in zip(rows, widths, strict=True):
-        left = GAP + (widest - width) / 2
+    for row, whole in zip(rows, widths, strict=True):
+        left = GAP + (widest - whole) / 2
         for point in row:
-            place[point] = left + _width(point) / 2
-            left += _width(point) + GAP
+            place[point] = left + width.get(point, LINE) / 2
+            left += width.get(point, LINE) + GAP
     return place
 
 
@@ -130,17 +135,19 @@ def _curve(points: Sequence[tuple[float, float]]) -> str:
     return f'<path class="edge" d="{"".join(path)}"/>'
 
 
-def _drawn(box: Box, x: float, y: float) -> str:
+def _drawn(box: Box, x: float, y: float, width: int) -> str:
     kind = "outside" if box.outside else "changed" if box.changed else "kept"
-    left, top = x - WIDTH / 2, y - HEIGHT / 2
-    detail = f'<text class="detail" x="{x:.1f}" y="{y + 12:.1f}">{escape(_cut(box.detail))}</text>'
+    left, top = x - width / 2, y - HEIGHT / 2
+    operator, detail = _cut(box.operator, LETTER), _cut(box.detail, SMALL_LETTER)
+    below = f'<text class="detail" x="{x:.1f}" y="{y + 12:.1f}">{escape(detail)}</text>'
     return (
         f'<g class="{kind}"><title>{escape(f"{box.name}: {box.operator} {box.detail}")}</title>'
-        f'<rect x="{left:.1f}" y="{top:.1f}" width="{WIDTH}" height="{HEIGHT}" rx="6"/>'
-        f'<text x="{x:.1f}" y="{y - 2 if box.detail else y + 4:.1f}">{escape(_cut(box.operator))}</text>'
-        f"{detail if box.detail else ''}</g>"
+        f'<rect x="{left:.1f}" y="{top:.1f}" width="{width}" height="{HEIGHT}" rx="6"/>'
+        f'<text x="{x:.1f}" y="{y - 2 if box.detail else y + 4:.1f}">{escape(operator)}</text>'
+        f"{below if box.detail else ''}</g>"
     )
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= MOST_LETTERS else f"{text[: MOST_LETTERS - 1]}…"
+def _cut(text: str, letter: float) -> str:
+    most = int((WIDEST - 12) / letter)
+    return text if len(text) <= most else f"{text[: most - 1]}…"

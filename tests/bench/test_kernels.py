@@ -75,6 +75,33 @@ def only(works: Any, name: str) -> Any:
     return lambda *given: (work for work in works(*given) if work.name == name)
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--kernel", "nope"], "invalid choice: 'nope' (choose from 'rms_norm', "),
+        (["--batch", "0"], "argument --batch: 0: has to be at least 1"),
+        (["--tokens", "1"], "argument --tokens: 1: has to be at least 2"),
+        (["--size", "3b"], "invalid choice: '3b' (choose from '0.8b', "),
+        (["--compile-only", "--json", "x.json"], "--compile-only prints a table"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_runs(
+    kernels: Any, given: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        kernels.main(given)
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_only_compiled_can_be_chosen(kernels: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--compile-only", "--size", "0.8b", "--batch", "2", "--tokens", "9", "--kernel", "silu_mul"]
+    assert kernels.main(given) == 0
+    *lines, total = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()]
+    rows = [line for line in lines if "0.8b" in line]
+    assert {row[0] for row in rows} == {"silu_mul"} and int(total[0]) == len(rows)
+    assert {" ".join(row[3:5]) for row in rows} == {"cuda 80", "cuda 90", "cuda 100", "hip gfx942"}
+
+
 def test_what_it_times_is_right_under_the_interpreter() -> None:
     code = """
 import torch, kernels
@@ -154,6 +181,7 @@ options.claims, options.kernel = False, ["gdn_decode"]
 kernels.three_launches, kernels.NOT_COMPILED = broken, ("gdn_decode",)
 skipped, results = measured(1, 1)
 print(*skipped, [r.peer for r in results])
+print(*kernels.verdicts(results))
 kernels.gdn_decode.launch = broken
 skipped, results = measured(1, 1)
 print(*skipped, results)
@@ -161,7 +189,9 @@ print(*skipped, results)
     )
     assert lines[0].endswith("reason='RuntimeError: out of luck') ['fxfuse', 'a copy of as many bytes']")
     assert "batch 1, 1 token, three launches'" in lines[0]
-    assert lines[1].endswith("batch 1, 1 token, fxfuse', reason='RuntimeError: out of luck') []")
+    case = "gdn_decode, tiny float32, batch 1, 1 token"
+    assert lines[1] == f"NOT MEASURED: {case}: claimed 2.00 x three launches"
+    assert lines[2].endswith("batch 1, 1 token, fxfuse', reason='RuntimeError: out of luck') []")
 
 
 def test_no_case_begins_when_the_time_is_up(kernels: Any) -> None:

@@ -22,7 +22,7 @@ from fxfuse.runtime import inner, measure
 from fxfuse.runtime.optimize import optimization_report
 from fxfuse.runtime.pictures import Box
 from fxfuse.runtime.report import GraphRecord, grouped
-from fxfuse.runtime.svg import HEIGHT, WIDTH, draw
+from fxfuse.runtime.svg import HEIGHT, WIDEST, draw
 
 Make = Callable[..., Any]
 
@@ -233,20 +233,37 @@ def test_names_from_the_model_cannot_break_the_page(tmp_path: Path) -> None:
 
 def test_boxes_of_one_row_do_not_overlap_and_lines_go_down() -> None:
     boxes = [
-        Box(f"n{i}", "mul", "", tuple(f"n{j}" for j in (i // 2 - 1, i // 3 - 1) if 0 <= j < i))
+        Box(f"n{i}", "mul" * (i % 7), "", tuple(f"n{j}" for j in (i // 2 - 1, i // 3 - 1) if 0 <= j < i))
         for i in range(40)
     ]
     svg = draw(boxes, "some & graph")
     Page(svg)
-    found = [(float(x), float(y)) for x, y in re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)"', svg)]
-    assert len(found) == 40
-    for i, (x, y) in enumerate(found):
-        for other_x, other_y in found[:i]:
-            assert abs(x - other_x) >= WIDTH or abs(y - other_y) >= HEIGHT
-    top = {box.name: y for box, (_, y) in zip(boxes, found, strict=True)}
+    rectangles = re.findall(r'<rect x="([-\d.]+)" y="([-\d.]+)" width="(\d+)"', svg)
+    found = [(float(x), float(y), float(width)) for x, y, width in rectangles]
+    assert len(found) == 40 and len({width for _, _, width in found}) > 2
+    for i, (x, y, width) in enumerate(found):
+        for other_x, other_y, other_width in found[:i]:
+            beside = x + width <= other_x or other_x + other_width <= x
+            assert beside or abs(y - other_y) >= HEIGHT
+    top = {box.name: y for box, (_, y, _) in zip(boxes, found, strict=True)}
     assert all(top[source] + HEIGHT < top[box.name] for box in boxes for source in box.inputs)
     wide, high = (float(v) for v in re.findall(r'viewBox="0 0 (\d+) (\d+)"', svg)[0])
-    assert all(0 <= x <= wide - WIDTH and 0 <= y <= high - HEIGHT for x, y in found)
+    assert all(0 <= x <= wide - width and 0 <= y <= high - HEIGHT for x, y, width in found)
+
+
+def test_no_name_of_an_operator_or_a_projection_is_cut() -> None:
+    """In a monospaced font a letter is 0.6 times as wide as the font is high: 12 pixels, and 10 below."""
+    boxes = [
+        Box("n0", "scaled_dot_product_attention", "[1, 8, 17, 256]", ()),
+        Box("n1", "linear", "in_proj_qkv_z_b_a [16, 4096, 12352]", ("n0",)),
+        Box("n2", "a" * 80, "b" * 80, ("n1",)),
+    ]
+    svg = draw(boxes, "graph")
+    parts = re.findall(r'width="(\d+)" height="\d+" rx.*?<text[^>]*>(.*?)</text><text[^>]*>(.*?)</text>', svg)
+    assert [part[1:] for part in parts[:2]] == [(box.operator, box.detail) for box in boxes[:2]]
+    for width, operator, detail in parts:
+        assert int(width) <= WIDEST and max(7.23 * len(operator), 6.02 * len(detail)) <= int(width) - 8
+    assert parts[2][1].endswith("…") and parts[2][2].endswith("…")
 
 
 # Speed.

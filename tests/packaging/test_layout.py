@@ -38,6 +38,17 @@ def test_every_package_folder_is_listed_in_pyproject() -> None:
     assert found == set(PACKAGES)
 
 
+def test_the_links_for_use_without_an_install_are_the_whole_package() -> None:
+    """Type checkers read them, and a machine where nothing can be installed runs them."""
+    links, modules = ROOT / ".typings/fxfuse", ROOT / "src/fxfuse"
+    expected = {
+        file.name: file for file in modules.iterdir() if file.suffix == ".py" or file.name == "testing"
+    }
+    expected |= {name: ROOT / name for name in ("passes", "patterns", "runtime")}
+    assert {link.name: link.resolve() for link in links.iterdir() if link.name != "__pycache__"} == expected
+    assert all(not link.readlink().is_absolute() for link in links.iterdir() if link.is_symlink())
+
+
 def test_every_folder_with_modules_is_a_package() -> None:
     bare = {
         str(file.parent.relative_to(ROOT))

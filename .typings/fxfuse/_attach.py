@@ -1,0 +1,1 @@
+../../src/fxfuse/_attach.py
