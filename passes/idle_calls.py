@@ -48,11 +48,8 @@ def fold_idle_calls(program: Program) -> None:
         read: Node = node.args[0] if twice else node  # type: ignore[assignment]
         if writes.is_written(node) or (twice and writes.is_written(read)):
             continue
-        if (
-            writes.version(source, read) != writes.version(source, output)
-            or storage_of(node) in fixed
-            or anew
-        ):
+        later = writes.version(source, read) != writes.version(source, output)
+        if later or anew or storage_of(node) in fixed:
             continue
         stale |= set(node.users)
         node.replace_all_uses_with(source)
