@@ -79,7 +79,7 @@ test-all: $(NEEDS)  ## every test, the slow ones too
 	$(RUN) -m pytest $(IN_PARALLEL) $(ARGS)
 
 test-nightly: $(NEEDS)  ## the property suites with large numbers; summary in docs/nightly.md (MINUTES for each suite)
-	$(RUN) tests/properties/nightly.py run --minutes $(MINUTES)
+	$(RUN) tests/properties/nightly.py run --jobs $(JOBS) --minutes $(MINUTES)
 
 test-oldest: $(STAMP_OLDEST)  ## the fast tests with the oldest supported transformers, in an environment of their own
 	$(VENV_OLDEST)/bin/python -m pytest -m "not slow" $(IN_PARALLEL) $(ARGS)

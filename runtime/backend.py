@@ -74,6 +74,8 @@ def backend(
         if chosen.strict:
             raise
         reason = f"a graph runs as it was, because compiling it failed: {_summary(error)}"
+        if any(isinstance(x, torch.SymInt) for x in example_inputs):
+            reason += "; its sizes vary: with dynamic=False a graph is compiled for each of them"
         session.report.failures += 1
         session.report.note(reason)
         log.warning(reason, exc_info=log.isEnabledFor(logging.DEBUG))
@@ -133,14 +135,21 @@ def _compiled(
         )
         session.report.graphs.append(record)
         return original
+    on_cpu = target == "cpu" and chosen_inner == "inductor"
+    beside = inner.kernels_compiled_beside() if on_cpu else nullcontext()
     if not any(outcome.matches for outcome in outcomes.values()):
-        nothing = f"nothing matched in a {record.phase} graph: it runs as it was{_first_reason(record)}"
+        trains = chosen_inner == "inductor" and inner.needs_gradients(inputs)
+        how = "it is compiled as it is" if trains else "it runs as it was"
+        nothing = f"nothing matched in a {record.phase} graph: {how}{_first_reason(record)}"
         if session.report.note(nothing):
             log.warning("%s", nothing)
+        with beside:
+            run = inner.compile_graph("inductor", options.mode, graph_module, inputs) if trains else original
+        record.compile_seconds = time.perf_counter() - started
         session.report.graphs.append(record)
-        return _counted(original, record)
+        return _counted(run, record)
 
-    with inner.kernels_compiled_beside() if target == "cpu" and chosen_inner == "inductor" else nullcontext():
+    with beside:
         run = rewriting.compiled(
             lambda graph, values: inner.compile_graph(chosen_inner, options.mode, graph, values)
         )

@@ -46,12 +46,12 @@ def compile_graph(
         return graph_module
     if inner == "aot_eager":
         return torch._dynamo.lookup_backend("aot_eager")(graph_module, list(inputs))
-    if mode in (None, "default") and not _needs_gradients(inputs) and repeats(graph_module):
+    if mode in (None, "default") and not needs_gradients(inputs) and repeats(graph_module):
         return outlined(graph_module, _inductor)
     return _inductor(graph_module, inputs, mode)
 
 
-def _needs_gradients(inputs: Sequence[Any]) -> bool:
+def needs_gradients(inputs: Sequence[Any]) -> bool:
     """Whether a backward is compiled too: what a graph computes inside does not say that it requires one."""
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 

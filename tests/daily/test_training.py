@@ -143,11 +143,29 @@ def test_gradients_reach_the_first_of_many_layers(make_model: Make, prompt: Tens
         parameter.requires_grad_("norm" in name or "embed" in name)
     expected = gradients(copy.deepcopy(plain), prompt)
     assert any("layers.0." in name for name in expected) and any("embed" in name for name in expected)
-    model = fxfuse.optimize(plain, inner=inner, report="off")
+    model = fxfuse.optimize(plain, inner=inner, dynamic=False, report="off")
     for _ in range(2):
         assert_close(gradients(model, prompt), expected)
     report = model.optimization_report
     assert report.calls == 2 and report.matched and not report.failures
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("dynamic", [None, False])
+def test_prompts_of_several_lengths_train_whether_inductor_takes_them_or_not(
+    make_model: Make, prompt: Tensor, dynamic: bool | None
+) -> None:
+    """Inductor of torch 2.13 compiles no backward of varying length of this model: there it runs as it was."""
+    plain = make_model().train()
+    freeze_linears(plain)
+    twin = copy.deepcopy(plain)
+    model = fxfuse.optimize(plain, dynamic=dynamic, report="off")
+    for length in (17, 13, 11):
+        assert_close(gradients(model, prompt[:, :length]), gradients(twin, prompt[:, :length]))
+    report = model.optimization_report
+    assert report.matched and (dynamic is None or report.calls == 3)
+    assert all("dynamic=False" in note for note in report.notes) if dynamic is None else not report.failures
 
 
 def freeze_linears(model: Any) -> None:

@@ -81,7 +81,7 @@ FAULTS = (
     Fault("passes/normalise.py", "            and not written_by(node)\n", "", NORMAL),
     Fault("passes/idle_calls.py", "type(value) in (int, float) and value == wanted", "type(value) in (int, float)", "tests/properties/test_normal_form.py"),
     Fault("passes/idle_calls.py", "writes.version(source, read) != writes.version(source, output)", "False", NORMAL),
-    Fault("passes/idle_calls.py", "user not in writes and (is_list or", "False and (is_list or", "tests/properties/test_normal_form.py"),
+    Fault("passes/idle_calls.py", "user not in writes and (is_list or", "False and (is_list or", NORMAL),
     Fault("passes/linear_spellings.py", "weight = _untransposed(turned)\n        if scaled or weight is None", "weight = _untransposed(turned)\n        if weight is None", "tests/properties/test_normal_form.py"),
     Fault("passes/linear_spellings.py", "len(linear.users) != 1", "False", GUARDS),
     Fault("passes/linear_spellings.py", "if parsed[1] == lead + outer and", "if", "tests/properties/test_normal_form.py"),

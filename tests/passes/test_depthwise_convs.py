@@ -53,11 +53,12 @@ def test_an_input_in_another_layout(rewrite_equal: Any) -> None:
         assert torch.equal(rewritten.graph_module(x), mixer(x))
 
 
-def test_who_reads_its_strides_sees_those_of_a_convolution(rewrite_equal: Any) -> None:
+@pytest.mark.parametrize("padding", [0, 2])
+def test_who_reads_its_strides_sees_those_of_a_convolution(rewrite_equal: Any, padding: int) -> None:
     class Strided(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.conv = nn.Conv1d(6, 6, 3, groups=6, padding=2, bias=False)
+            self.conv = nn.Conv1d(6, 6, 3, groups=6, padding=padding, bias=False)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.conv(x.transpose(1, 2)).as_strided((4,), (1,), 1) * 2

@@ -32,7 +32,7 @@ class Step(nn.Module):
         self.out = parameter(HIDDEN, HV * DV)
         self.taps = parameter(CHANNELS, 1, TAPS)
         self.A_log, self.dt_bias, self.norm = parameter(HV), parameter(HV), parameter(DV)
-        self.gain = parameter()
+        self.gain, self.bias = parameter(), parameter(CHANNELS)
 
     def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> Any:
         batch = x.shape[0]
@@ -44,7 +44,8 @@ class Step(nn.Module):
             columns = window[..., -TAPS:] * self.taps[:, 0]
             mixed = columns.sum(-1, keepdim=True)
         else:
-            mixed = F.conv1d(window, self.taps, groups=CHANNELS)[..., -1:]
+            bias = self.bias if self.spelling == "a bias" else None
+            mixed = F.conv1d(window, self.taps, bias, groups=CHANNELS)[..., -1:]
         mixed = mixed * mixed.sigmoid() if self.spelling else F.silu(mixed)
         if self.change == "no silu":
             mixed = torch.tanh(mixed)
@@ -109,7 +110,7 @@ def calls(found: Rewritten, name: str) -> int:
     return sum(str(n.target) == f"fxfuse.{name}.default" for n in found.graph_module.graph.nodes)
 
 
-@pytest.mark.parametrize("spelling", ["", "einsum", "shifted products"])
+@pytest.mark.parametrize("spelling", ["", "einsum", "shifted products", "a bias"])
 def test_a_step_is_one_call_in_every_spelling(spelling: str) -> None:
     found = rewrite_and_compare(Step(spelling=spelling), inputs(), ["gdn_decode"])
     assert calls(found, "gdn_decode") == 1

@@ -128,6 +128,17 @@ def test_an_idle_copy_of_what_is_written_goes_where_no_write_follows(
     assert left == set() or before
 
 
+def test_a_copy_that_is_written_in_a_list_stays_a_copy(rewrite_equal: Any) -> None:
+    """Without it the input would be written."""
+
+    def compute(x: Tensor) -> Tensor:
+        copied = x.clone()
+        torch._foreach_add_([copied], 1.0)
+        return copied.mul_(2) + 1
+
+    normal(rewrite_equal, compute)
+
+
 def test_a_sum_that_is_written_shows_it_with_its_dimension_back(rewrite_equal: Any) -> None:
     def compute(x: Tensor) -> Tensor:
         total = x.sum(-1)

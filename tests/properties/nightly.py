@@ -1,14 +1,14 @@
 """The property suites with large numbers, and any example of them again.
 
-    python tests/properties/nightly.py run                          everything; summary in docs/nightly.md
+    python tests/properties/nightly.py run --jobs 4                 everything; summary in docs/nightly.md
     python tests/properties/nightly.py run near_misses --count 500 --first 1000 --minutes 10
     python tests/properties/nightly.py replay near_misses 1234
     python tests/properties/nightly.py replay spellings 1234 --block projections
     python tests/properties/nightly.py table                        the summary anew, from the results at hand
 
-Seeds count up from `--first`: the same seeds are the same graphs. A run that is out of time stops after the
-example at hand, and says how many it did; what it knows is written down every half minute, and `--resume`
-goes on from there.
+Seeds count up from `--first`: the same seeds are the same graphs. Each of `--jobs` processes has a share in a
+row. A run that is out of time stops after the example at hand, and says how many it did; what it knows is
+written down every half minute, and `--resume` goes on from there.
 """
 
 import argparse
@@ -18,8 +18,12 @@ import platform
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
+from functools import reduce
+from itertools import pairwise
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -49,17 +53,27 @@ EVERY = 30.0
 
 @dataclass
 class Result:
-    """What one suite did; `tally` is all that has to be known to go on."""
+    """What one process did of a suite, from the example `start` on; `tally` is all that it takes to go on."""
 
     suite: str
     first: int
+    start: int
     asked: int
     done: int = 0
     seconds: float = 0.0
     ended: str = ""
     tally: dict[str, Any] = field(default_factory=dict)
-    lines: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
+
+    @property
+    def file(self) -> Path:
+        return RESULTS / f"{self.suite}-{self.start}.json"
+
+    def keep(self) -> None:
+        self.ended = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        fresh = self.file.with_suffix(".part")
+        fresh.write_text(json.dumps(asdict(self), indent=1))
+        fresh.replace(self.file)
 
 
 def _plain(counted: Any) -> dict[str, Any]:
@@ -158,38 +172,64 @@ class WholeGraphs:
 SUITES = {"spellings": Spellings, "near_misses": NearMisses, "whole_graphs": WholeGraphs}
 
 
-def run(suite: str, first: int, count: int, minutes: float, resume: bool = False) -> Result:
-    """The examples of a suite from a seed on, or from where an earlier run of the same ended."""
-    result, file = Result(suite, first, count), RESULTS / f"{suite}.json"
-    if resume and file.exists():
-        earlier = Result(**json.loads(file.read_text()))
-        if (earlier.first, bool(earlier.tally)) == (first, True):
-            result = replace(earlier, asked=count)
-    counted, before = SUITES[suite](result.tally), result.seconds
+def run(asked: Result, minutes: float, resume: bool = False) -> None:
+    """One process's share of a suite, or what an earlier run has left of it."""
+    result = asked
+    if resume and asked.file.exists():
+        earlier = Result(**json.loads(asked.file.read_text()))
+        if earlier.first == asked.first:
+            result = replace(earlier, asked=asked.asked)
+    counted, before = SUITES[result.suite](result.tally), result.seconds
     started = written = time.monotonic()
-    while result.done < count and time.monotonic() < started + minutes * 60:
-        counted.step(first, result.done)
+    while result.done < result.asked and time.monotonic() < started + minutes * 60:
+        counted.step(result.first, result.start + result.done)
         result.done += 1
-        if time.monotonic() > written + EVERY:
+        last = result.done == result.asked or time.monotonic() > started + minutes * 60
+        if last or time.monotonic() > written + EVERY:
             written = time.monotonic()
-            _keep(result, counted, before + written - started)
-    _keep(result, counted, before + time.monotonic() - started)
-    return result
+            result.seconds, result.tally = round(before + written - started, 1), counted.tally()
+            result.keep()
 
 
-def _keep(result: Result, counted: Spellings | NearMisses | WholeGraphs, seconds: float) -> None:
-    """Write down what is known; a run that is broken off can go on from there."""
-    result.seconds = round(seconds, 1)
-    result.ended = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
-    result.tally, result.lines, result.wrong = counted.tally(), counted.lines(), counted.wrong()
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    file = RESULTS / f"{result.suite}.json"
-    fresh = file.with_suffix(".part")
-    fresh.write_text(json.dumps(asdict(result), indent=1))
-    fresh.replace(file)
+def run_shares(suite: str, first: int, count: int, jobs: int, minutes: float, resume: bool) -> None:
+    """The examples of a suite, each of the processes a share of them in a row."""
+    bounds = [count * job // jobs for job in range(jobs + 1)]
+    shares = [Result(suite, first, a, b - a) for a, b in pairwise(bounds)]
+    for file in RESULTS.glob(f"{suite}-*.json"):
+        if not resume or file not in [share.file for share in shares]:
+            file.unlink()
+    if jobs == 1:
+        run(shares[0], minutes, resume)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), initializer=_quietly) as pool:
+        for done in [pool.submit(run, share, minutes, resume) for share in shares]:
+            done.result()
 
 
-def summary(results: list[Result]) -> str:
+def _quietly() -> None:
+    torch.set_num_threads(1)
+    logging.getLogger("fxfuse").setLevel(logging.CRITICAL)
+
+
+def results_of(suite: str) -> list[Result]:
+    """What is known of a suite, in the order of its examples."""
+    found = [Result(**json.loads(file.read_text())) for file in RESULTS.glob(f"{suite}-*.json")]
+    return sorted(found, key=lambda result: result.start)
+
+
+def _added(a: Any, b: Any) -> Any:
+    """Two tallies as one: counts and lists of the same name together."""
+    if isinstance(a, dict):
+        return {key: _added(a[key], b[key]) if key in a and key in b else (a | b)[key] for key in a | b}
+    return a if isinstance(a, str) else a + b
+
+
+def counted(results: list[Result]) -> Spellings | NearMisses | WholeGraphs:
+    """All processes' shares of one suite together."""
+    return SUITES[results[0].suite](reduce(_added, (result.tally for result in results)))
+
+
+def summary(suites: list[list[Result]]) -> str:
     lines = [
         "# Nightly numbers",
         "",
@@ -199,18 +239,22 @@ def summary(results: list[Result]) -> str:
         f"fxfuse {fxfuse.__version__}, torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}.",
     ]
-    for result in results:
-        short = "" if result.done == result.asked else f" of {result.asked:,} asked for, out of time"
+    for results in suites:
+        asked, done, seconds = (sum(getattr(r, of) for r in results) for of in ("asked", "done", "seconds"))
+        parts = ", ".join(f"{r.start:,} to {r.start + r.done - 1:,}" for r in results)
+        short = "" if done == asked else f" of {asked:,} asked for, out of time (the examples {parts})"
+        all_of_it = counted(results)
         lines += [
             "",
-            f"## {result.suite}",
+            f"## {results[0].suite}",
             "",
-            f"{result.done:,} examples{short}, seeds from {result.first}, {result.seconds / 60:.1f} minutes, "
-            f"ended {result.ended}.",
+            f"{done:,} examples{short}, seeds from {results[0].first}, {seconds / 60:.1f} minutes of a core, "
+            f"ended {max(r.ended for r in results)}.",
             "",
-            *result.lines,
+            *all_of_it.lines(),
         ]
-        lines += ["", "Wrong:", "", "```", *result.wrong[:20], "```"] if result.wrong else []
+        if all_of_it.wrong():
+            lines += ["", "Wrong:", "", "```", *all_of_it.wrong()[:20], "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -221,8 +265,7 @@ def with_notes(numbers: str, before: str) -> str:
 
 
 def _write_table() -> None:
-    files = [RESULTS / f"{suite}.json" for suite in SUITES]
-    numbers = summary([Result(**json.loads(f.read_text())) for f in files if f.exists()])
+    numbers = summary([results for suite in SUITES if (results := results_of(suite))])
     SUMMARY.write_text(with_notes(numbers, SUMMARY.read_text() if SUMMARY.exists() else ""))
 
 
@@ -234,6 +277,7 @@ def main() -> int:
     running.add_argument("--count", type=int, help="examples of each suite")
     running.add_argument("--first", type=int, default=0, help="the first seed")
     running.add_argument("--minutes", type=float, default=600.0, help="for each suite")
+    running.add_argument("--jobs", type=int, default=1, help="processes (default 1)")
     running.add_argument("--resume", action="store_true", help="go on where a run from that seed ended")
     again = commands.add_parser("replay", help="show one example again")
     again.add_argument("suite", choices=SUITES)
@@ -241,8 +285,7 @@ def main() -> int:
     again.add_argument("--block", default="projections", choices=BLOCKS)
     commands.add_parser("table", help="write the summary from the results at hand")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    logging.getLogger("fxfuse").setLevel(logging.CRITICAL)
+    _quietly()
     if arguments.command == "replay":
         suites = {"near_misses": near_misses.replay, "whole_graphs": whole_graphs.replay}
         if arguments.suite == "spellings":
@@ -250,15 +293,16 @@ def main() -> int:
         else:
             print(suites[arguments.suite](arguments.seed))
         return 0
-    wrong: Counter[str] = Counter()
+    wrong = 0
     if arguments.command == "run":
         for suite in arguments.suites or SUITES:
             count = arguments.count or COUNTS[suite]
-            result = run(suite, arguments.first, count, arguments.minutes, arguments.resume)
-            print("\n".join([f"{suite}: {result.done} in {result.seconds} s", *result.lines, *result.wrong]))
-            wrong[suite] = len(result.wrong)
+            run_shares(suite, arguments.first, count, arguments.jobs, arguments.minutes, arguments.resume)
+            found = counted(results_of(suite))
+            print("\n".join([f"{suite}:", *found.lines(), *found.wrong()]))
+            wrong += len(found.wrong())
     _write_table()
-    return int(wrong.total() > 0)
+    return int(wrong > 0)
 
 
 if __name__ == "__main__":

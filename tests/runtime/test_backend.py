@@ -144,6 +144,31 @@ def test_a_graph_break_in_a_submodule_leaves_names_and_fusion_as_they_are() -> N
     assert all("nothing matched" in note for note in report.notes)  # in what comes after the break
 
 
+@pytest.mark.parametrize("chosen", ["inductor", "eager"])
+def test_where_nothing_matches_a_graph_that_trains_is_compiled_as_it_is(
+    chosen: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torch.compile would, which a training step must not be slower than."""
+    asked = []
+
+    def compile_graph(name: str, mode: Any, graph: Any, values: Any) -> Any:
+        asked.append(name)
+        return graph
+
+    monkeypatch.setattr(fxfuse.runtime.inner, "compile_graph", compile_graph)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    compiled = torch.compile(model, backend="fxfuse", options={"inner": chosen})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x))
+    assert asked == []
+    compiled(x).sum().backward()
+    trained = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    model(x).sum().backward()
+    torch.testing.assert_close(trained, [p.grad for p in model.parameters()])
+    assert asked == (["inductor"] if chosen == "inductor" else [])
+
+
 def test_two_modules_in_one_function_have_names_of_their_own() -> None:
     a, b, x = Product(), Product(), torch.randn(1, 5, 8)
 
