@@ -2,8 +2,8 @@
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
 at two magnitudes, so that epsilons count, and at a third where an operator acts on some values only, until it
-has acted; one that did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so does a batch that is
-too large.
+has acted; one that did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so
+does a batch that is too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
