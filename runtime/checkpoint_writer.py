@@ -35,7 +35,7 @@ def new_directory(destination: Path, overwrite: bool) -> Iterator[Path]:
         there = os.path.lexists(destination)
         if there and not overwrite:
             raise CheckpointError(
-                f"{destination}: exists; choose another folder, or allow it to be overwritten"
+                f"{destination}: exists; choose another folder, or replace it by --overwrite (overwrite=True)"
             )
         if there and (destination.is_symlink() or not destination.is_dir()):
             raise CheckpointError(f"{destination}: is no folder of its own; remove it first")

@@ -55,9 +55,10 @@ class Conversion:
 
     def __str__(self) -> str:
         rate = self.bytes / max(self.seconds, 1e-9) / 1e9
+        files = "1 file" if len(self.files) == 1 else f"{len(self.files)} files"
         return (
             f"{self.destination}: layout {self.layout}, {self.tensors} tensors ({self.changed} made anew) "
-            f"in {len(self.files)} files, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            f"in {files}, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
         )
 
 

@@ -19,8 +19,6 @@ def show(result: Demonstration, out: Console) -> None:
     )
 
     out.print(str(result.report), markup=False)
-    if result.report.graphs and not result.report.misses:
-        out.print("left alone: nothing that any pass could have matched")
 
     changed = len(result.weights_changed)
     lines = {

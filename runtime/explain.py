@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import backend, leaves, quantized_modules
+from fxfuse.runtime.measure import check_named
 from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
@@ -42,8 +43,11 @@ def explain(
             static one, and the report has the kernels of each kind of block (`GraphRecord.launches`); no such
             device is needed.
 
-    Raises UnsupportedModelError under strict where anything would be left alone.
+    Raises UnsupportedModelError under strict where anything would be left alone, and OptionError for inputs
+    without names.
     """
+    if inputs is not None:
+        check_named(inputs)
     options = Options.of(
         {"passes": passes, "weights": weights, "inner": inner, "target": target, "strict": strict}
     )

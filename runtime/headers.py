@@ -136,7 +136,9 @@ def _read_object(file: Path) -> dict[str, Any]:
     try:
         data = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(f"{file}: missing, or a link to nothing; fetch it again") from error
+        raise CheckpointError(
+            f"{file}: missing, or a link to nothing; give the directory of a checkpoint, or fetch it again"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file}: not readable as JSON ({error}); fetch it again") from error
     if not isinstance(data, dict):

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from html import escape
 from typing import TYPE_CHECKING
 
+from fxfuse.runtime.report import NOTHING_LEFT, NOTHING_RAN, Report
 from fxfuse.runtime.svg import draw
 
 if TYPE_CHECKING:
     from fxfuse.runtime.pictures import Picture
-    from fxfuse.runtime.report import Report
 
+WHOLE = "the model itself"
 STYLE = """
 :root { color-scheme: light dark; --line: #8889; --soft: #8882; }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0; padding: 1rem min(2rem, 4vw) 4rem; }
@@ -69,11 +70,15 @@ def _summary(report: Report) -> str:
         f"{report.copied_bytes / 1e6:.1f} MB copied."
     )
     if not report.calls:
-        memory = "Nothing was run or moved: this is what optimize() would do, or has prepared."
+        memory = _sentence(NOTHING_RAN)
     return (
         f"<p>{memory}</p>{measured or '<p>No speed was measured.</p>'}"
         f"{_wide(['graph', 'nodes', 'run by', 'compiled in', 'calls'], rows)}"
     )
+
+
+def _sentence(text: str) -> str:
+    return f"{text[0].upper()}{text[1:]}."
 
 
 def _seconds(spent: float) -> str:
@@ -103,7 +108,7 @@ def _wide(headings: Iterable[str], rows: str) -> str:
 def _left_alone(report: Report) -> str:
     reasons = report.reasons()
     if not reasons:
-        return "<h2>Left alone</h2><p>Nothing that any pass could have matched.</p>" if report.graphs else ""
+        return f"<h2>Left alone</h2><p>{_sentence(NOTHING_LEFT)}</p>" if report.graphs else ""
     items = "".join(
         f"<dt>{escape(reason)}</dt><dd>{', '.join(f'<code>{escape(p)}</code>' for p in places)}</dd>"
         for reason, places in reasons.items()
@@ -124,7 +129,7 @@ def _pictures(report: Report) -> str:
     if not by_block:
         return ""
     blocks = "".join(
-        f"<h3><code>{escape(block)}</code></h3>{''.join(map(_pair, of_phase.values()))}"
+        f"<h3><code>{escape(block or WHOLE)}</code></h3>{''.join(map(_pair, of_phase.values()))}"
         for block, of_phase in by_block.items()
     )
     return (
@@ -137,7 +142,7 @@ def _pictures(report: Report) -> str:
 def _pair(picture: Picture) -> str:
     sides = "".join(
         f'<figure class="{side}"><figcaption>{side}</figcaption>'
-        f"{draw(boxes, f'{picture.block}, {picture.phase}, {side}')}</figure>"
+        f"{draw(boxes, f'{picture.block or WHOLE}, {picture.phase}, {side}')}</figure>"
         for side, boxes in (("before", picture.before), ("after", picture.after))
     )
     return (

@@ -46,8 +46,10 @@ def measure(
         calls: how often a compiled graph has run so far.
         rounds: how many times each is timed.
 
-    Raises OptionError for less than one round, UnsupportedModelError where no compiled graph ran.
+    Raises OptionError for less than one round and for inputs without names, UnsupportedModelError where no
+    compiled graph ran.
     """
+    check_named(inputs)
     if rounds < 1:
         raise OptionError(f"rounds={rounds}: at least 1 is needed")
     ran = calls()
@@ -65,6 +67,15 @@ def measure(
         ]
     before, after = (statistics.median(times) * 1e3 for times in zip(*pairs, strict=True))
     return Measurement(before, after, rounds)
+
+
+def check_named(inputs: Any) -> None:
+    """Raise OptionError for what are no keyword arguments."""
+    if not isinstance(inputs, Mapping):
+        raise OptionError(
+            f"inputs is a {type(inputs).__name__}: give keyword arguments of the call by name, such as "
+            '{"input_ids": ids}'
+        )
 
 
 def _timed(call: Callable[..., Any], model: nn.Module, inputs: Mapping[str, Any]) -> float:

@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 from fxfuse.passes.outcome import Match
 from fxfuse.passes.program import Program, module_path
 
-# Move elements, or hand back what they are given: drawn as a line, unless a pass has put them there.
+# Move elements of their first input, or hand it back: drawn as a line, unless a pass has put them there.
 _QUIET = frozenset(
     {
         "alias",
@@ -60,6 +60,8 @@ _QUIET = frozenset(
         "_assert_tensor_metadata",
     }
 )
+# Read a shape and no values: a line ends here.
+_SHAPE_ONLY = frozenset({"new_ones", "new_zeros", "sym_size", "zeros_like"})
 
 
 @dataclass(frozen=True)
@@ -90,16 +92,18 @@ class Picture:
 def pictures(before: Program, after: Program, matches: Iterable[Match], phase: str) -> list[Picture]:
     """One picture for each kind of block that a match lies in: of the first block of that kind.
 
-    A block is a module of a numbered layer (`model.layers.0.mlp`), elsewhere the matched module itself.
+    A block is a module of a numbered layer (`model.layers.0.mlp`), elsewhere the matched module itself, or
+    the one around it where the match is named after a merged weight.
     """
+    paths = [_paths(program.graph) for program in (before, after)]
+    modules = set(paths[0].values())
     units: dict[str, str] = {}
     for match in matches:
-        unit = _unit(match.where)
-        units.setdefault(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", unit), unit)
+        unit = _unit(match.where, modules)
+        units.setdefault(re.sub(r"(?<![^.])\d+(?=\.|$)", "*", unit), unit)
     if not units:
         return []
     names = [{node.name for node in program.graph.nodes} for program in (before, after)]
-    paths = [_paths(program.graph) for program in (before, after)]
     found = []
     for kind, unit in units.items():
         sides = [
@@ -111,9 +115,15 @@ def pictures(before: Program, after: Program, matches: Iterable[Match], phase: s
     return found
 
 
-def _unit(where: str) -> str:
-    inside = re.match(r"(.*?\.\d+\.[^.]+)", where)
-    return inside[1] if inside else where
+def _unit(where: str, modules: set[str]) -> str:
+    inside = re.match(r"((?:.*?\.)?\d+\.[^.]+)", where)
+    unit = inside[1] if inside else where
+    return unit if any(_lies_in(path, unit) for path in modules) else unit.rpartition(".")[0]
+
+
+def _lies_in(path: str, unit: str) -> bool:
+    """Whether a module is the unit or below it; the unit without a name is the root with its own modules."""
+    return f".{unit}." in f".{path}." if unit else "." not in path
 
 
 def _paths(graph: Graph) -> dict[Node, str]:
@@ -127,9 +137,6 @@ def _paths(graph: Graph) -> dict[Node, str]:
 
 
 def _boxes(program: Program, paths: Mapping[Node, str], unit: str, others: set[str]) -> tuple[Box, ...]:
-    def belongs(path: str) -> bool:
-        return f"{path}.".startswith(f"{unit}.") or f".{path}.".find(f".{unit}.") >= 0
-
     def weights_of(node: Node) -> list[str]:
         return [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
 
@@ -137,7 +144,7 @@ def _boxes(program: Program, paths: Mapping[Node, str], unit: str, others: set[s
         node
         for node in program.graph.nodes
         if node.op == "call_function"
-        and (belongs(paths[node]) or any(belongs(name) for name in weights_of(node)))
+        and (_lies_in(paths[node], unit) or any(_lies_in(name, unit) for name in weights_of(node)))
     }
     drawn = {node for node in inside if _is_drawn(node, others)}
     boxes = {n: _box(program, n, drawn, n.name not in others) for n in program.graph.nodes if n in drawn}
@@ -189,8 +196,8 @@ def _sources(node: Node, drawn: set[Node]) -> list[Node]:
     seen = set(waiting)
     while waiting:
         source = waiting.pop()
-        if source not in drawn and source.op == "call_function" and _short(source) in _QUIET:
-            fresh = [n for n in source.all_input_nodes if n not in seen]
+        if source not in drawn and _is_quiet(source):
+            fresh = [n for n in _moved(source) if n not in seen]
             seen.update(fresh)
             waiting += reversed(fresh)
         else:
@@ -201,16 +208,26 @@ def _sources(node: Node, drawn: set[Node]) -> list[Node]:
 def _readers(node: Node) -> list[Node]:
     """Who reads a node, through what is not drawn."""
     found: dict[Node, None] = {}
-    waiting, seen = list(node.users), set(node.users)
+    waiting = [(node, user) for user in node.users]
+    seen = set(waiting)
     while waiting:
-        user = waiting.pop()
-        if user.op == "call_function" and _short(user) in _QUIET and user.users:
-            fresh = [n for n in user.users if n not in seen]
+        source, user = waiting.pop()
+        if not _is_quiet(user) or not user.users:
+            found.setdefault(user)
+        elif source in _moved(user):
+            fresh = [(user, n) for n in user.users if (user, n) not in seen]
             seen.update(fresh)
             waiting += fresh
-        else:
-            found.setdefault(user)
     return list(found)
+
+
+def _is_quiet(node: Node) -> bool:
+    return node.op == "call_function" and _short(node) in _QUIET
+
+
+def _moved(node: Node) -> list[Node]:
+    """Whose elements a quiet operation moves; its other inputs give it a dtype or a size."""
+    return [] if _short(node) in _SHAPE_ONLY else node.all_input_nodes[:1]
 
 
 def _short(node: Node) -> str:

@@ -33,6 +33,8 @@ log = logging.getLogger("fxfuse")
 MOST_SPANS = 4
 # Graphs that a summary lists one by one.
 MOST_GRAPHS = 8
+NOTHING_RAN = "nothing was run or moved: this is what optimize() would do, or has prepared"
+NOTHING_LEFT = "nothing that any pass could have matched"
 
 
 @dataclass
@@ -159,8 +161,8 @@ class Report:
             inputs: keyword arguments of the call, such as `{"input_ids": ids}`, copied for each call.
             rounds: how many times each of the two is timed.
 
-        Raises OptionError where the model is no longer optimised, or `rounds` is less than 1, and
-        UnsupportedModelError where no compiled graph runs for these inputs.
+        Raises OptionError where the model is no longer optimised, `rounds` is less than 1 or inputs have no
+        names, and UnsupportedModelError where no compiled graph runs for these inputs.
         """
         model = self.model()
         if model is None or getattr(model, "_compiled_call_impl", None) is None:
@@ -223,8 +225,11 @@ class Report:
             if graph.launches:
                 yield f"  kernels of the {graph.phase} graph:"
                 yield from (f"  {line}" for block in graph.launches for line in str(block).splitlines())
-        for reason, places in self.reasons().items():
+        reasons = self.reasons()
+        for reason, places in reasons.items():
             yield f"  left alone: {', '.join(places)}: {reason}"
+        if self.graphs and not reasons:
+            yield f"left alone: {NOTHING_LEFT}"
         for measured in self.measurements:
             yield f"  measured: {measured}"
         for note in self.notes:
@@ -287,16 +292,16 @@ class Report:
 
     def _summary(self) -> str:
         graphs = "; ".join(
-            f"{name} {g.nodes_before} → {g.nodes_after} nodes in {g.compile_seconds:.1f} s"
+            f"{name} {g.nodes_before} → {g.nodes_after} nodes"
+            + (f" in {g.compile_seconds:.1f} s" if g.compile_seconds else "")
             for name, g in self.graph_totals()
         )
         used = ", ".join(f"{name} {version}" for name, version in self.versions.items())
-        return (
-            f"graphs: {graphs}\n"
+        memory = (
             f"memory: {self.packed_bytes / 1e6:.1f} MB of weights shared with fused ones, "
-            f"{self.copied_bytes / 1e6:.1f} MB copied; calls of compiled graphs: {self.calls}\n"
-            f"versions: {used}"
+            f"{self.copied_bytes / 1e6:.1f} MB copied; calls of compiled graphs: {self.calls}"
         )
+        return f"graphs: {graphs}\n{memory if self.calls else NOTHING_RAN}\nversions: {used}"
 
 
 def announce(record: GraphRecord, show: str) -> None:
@@ -315,7 +320,7 @@ def _order(rule: str) -> int:
 
 
 def _pattern(where: str) -> str:
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", where)
+    return re.sub(r"(?<![^.])\d+(?=\.|$)", "*", where)
 
 
 def grouped(places: Iterable[str]) -> list[str]:

@@ -29,7 +29,7 @@ def draw(boxes: Sequence[Box], title: str) -> str:
     layer = _layers(boxes)
     edges = [(source, box.name) for box in boxes for source in box.inputs]
     rows, chains = _rows(boxes, layer, edges)
-    width = {box.name: _width(box) for box in boxes}
+    width: dict[Point, int] = {box.name: _width(box) for box in boxes}
     place = _places(rows, width)
     right = max((place[p] + width.get(p, LINE) / 2 for row in rows for p in row), default=NARROWEST) + GAP
     bottom = len(rows) * (HEIGHT + RISE) + GAP

@@ -10,7 +10,7 @@ _INDEX = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def describe_transforms(transforms: Iterable[tuple[TensorSpec, Sequence[RowMap]]]) -> list[str]:
-    """One line per kind of transform, such as `layers.{0-3}.mlp.gate_up_proj.weight [64, 8] <- ...`."""
+    """One line per kind of transform, such as `layers.{0..3}.mlp.gate_up_proj.weight [64, 8] <- ...`."""
     kinds: dict[tuple[str, str], list[int]] = {}
     for target, panels in transforms:
         index = _INDEX.search(target.name)
@@ -19,17 +19,19 @@ def describe_transforms(transforms: Iterable[tuple[TensorSpec, Sequence[RowMap]]
         kind = [part.replace(own, ".{}.") if own else part for part in line]
         kinds.setdefault((kind[0], "".join(kind[1:])), []).append(int(index[0]) if index else -1)
     return [
-        target.replace("{}", f"{{{_ranges(sorted(layers))}}}") + rows.replace(".{}.", ".*.")
+        target.replace("{}", _ranges(sorted(layers)))
+        + rows.replace(".{}.", ".*." if len(layers) > 1 else f".{layers[0]}.")
         for (target, rows), layers in kinds.items()
     ]
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 4] as "0-2,4"."""
+    """[0, 1, 2, 4] as "{0..2,4}", a single number without braces."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and runs[-1][-1] == number - 1:
             runs[-1].append(number)
         else:
             runs.append([number])
-    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
+    return f"{{{text}}}" if len(numbers) > 1 else text

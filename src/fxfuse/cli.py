@@ -44,7 +44,8 @@ def _one_line(ctx: Any) -> Iterator[None]:
     except (typer.Exit, typer.Abort, BrokenPipeError):  # the last as of `| head`, which is no error
         raise
     except UsageError as error:
-        _leave(f"{error.format_message()} See: {(error.ctx or ctx).command_path} --help", 2, error)
+        said = error.format_message().rstrip(".")
+        _leave(f"{said}. See: {(error.ctx or ctx).command_path} --help", 2, error)
     except KeyboardInterrupt as error:
         _leave("stopped", 130, error)
     except Exception as error:  # left to Python it would exit with 1, which says that a result differs
@@ -98,8 +99,9 @@ app = typer.Typer(
     help="Rewrite the graphs of Hugging Face Qwen3.5-family models, and their weights to match. "
     "Begin with [bold]fxfuse demo[/bold], which needs no checkpoint.",
     rich_markup_mode="rich",
-    epilog="Exit codes: 0 as expected, 1 a result differs, 2 fxfuse cannot do what was asked. "
-    "Progress and errors go to stderr, results to stdout; --debug shows the traceback of an error.",
+    epilog="Exit codes: 0 as expected, 1 a result differs, 2 fxfuse cannot do what was asked, "
+    "130 stopped by Ctrl-C. Progress and errors go to stderr, results to stdout; --debug shows the "
+    "traceback of an error.",
 )
 
 
@@ -334,7 +336,10 @@ def demo(
     size: Annotated[Size, typer.Option(help="Size of the random checkpoint.")] = Size.SMALL,
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens to generate.")] = 64,
     cache: Annotated[
-        Path | None, typer.Option(help="Where the random checkpoint is kept.", envvar="FXFUSE_CACHE")
+        Path | None,
+        typer.Option(
+            help="Where the random checkpoint is kept, if not in ~/.cache/fxfuse.", envvar="FXFUSE_CACHE"
+        ),
     ] = None,
     json: Annotated[Path | None, typer.Option("--json", help="Write the results to this file, too.")] = None,
 ) -> None:

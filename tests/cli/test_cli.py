@@ -77,12 +77,16 @@ def test_inspect_and_explain_describe_a_checkpoint_without_its_weights(tmp_path:
     code, out, err = run("inspect", str(folder))
     assert code == 0, err
     assert "91 tensors" in out
-    assert "layers.{0-2}.linear_attn.in_proj_qkv_z_b_a.weight" in out
+    assert "layers.{0..2}.linear_attn.in_proj_qkv_z_b_a.weight" in out
+    (line,) = [line for line in out.splitlines() if "self_attn.q_k_v_proj.weight" in line]
+    assert line.count(".layers.3.self_attn.") == 4 and "{" not in line and "*" not in line
     for shard in folder.glob("*.safetensors"):
         shard.unlink()
     code, out, err = run("explain", str(folder))
     assert code == 0, err
     assert "model.layers.{0..2}.linear_attn" in out
+    assert "nothing was run or moved" in out and "0.0 s" not in out and "0.0 MB" not in out
+    assert "left alone: nothing that any pass could have matched" in out
     code, out, err = run("explain", str(folder), "--target", "cuda")
     assert code == 0, err
     assert "kernels of the decode graph" in out and "triton gdn_decode" in out

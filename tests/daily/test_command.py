@@ -46,6 +46,7 @@ def test_help_of_the_command_has_exit_codes_and_where_to_begin() -> None:
         "0 as expected",
         "1 a result differs",
         "2 fxfuse cannot",
+        "130 stopped by Ctrl-C",
         "--debug",
     ):
         assert said in out
@@ -121,6 +122,12 @@ def _truncated_shard(folder: Path) -> list[object]:
     return ["demo", path]
 
 
+def _taken_destination(folder: Path) -> list[object]:
+    source = random_checkpoint("small", cache=folder / "cache", progress=False)
+    (folder / "new").mkdir()
+    return ["convert", source, folder / "new", "--layout", "sglang"]
+
+
 def _unknown_layout(folder: Path) -> list[object]:
     random_checkpoint("small", cache=folder / "cache", progress=False)
     folder = next((folder / "cache").iterdir())
@@ -145,6 +152,8 @@ def _unknown_benchmark(folder: Path) -> list[object]:
         (lambda folder: ["demo", "no-such-folder"], "no-such-folder: not a directory"),
         (lambda folder: ["demo", folder], "config.json: missing"),
         (lambda folder: ["demo", "--json", "/proc/found.json"], "--json /proc/found.json: No such file"),
+        (lambda folder: ["inspect", folder], "give the directory of a checkpoint"),
+        (_taken_destination, "new: exists; choose another folder, or replace it by --overwrite"),
         (_unknown_layout, "sglangg"),
         (_unknown_benchmark, "no-such"),
     ],
@@ -174,7 +183,8 @@ def test_an_error_is_one_line_on_stderr_that_names_the_thing(prepare: Any, says:
 def test_a_wrong_argument_is_one_line_with_the_next_step(arguments: list[str], says: str) -> None:
     code, out, err = run(*arguments)
     assert (code, out, len(err.strip().splitlines())) == (2, "", 1), (code, out, err)
-    assert says in err and ("--help" in err or "create it" in err)
+    assert says in err and ((". See: " in err and "--help" in err) or "create it" in err)
+    assert ".." not in err
 
 
 def test_a_package_that_cannot_be_imported_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

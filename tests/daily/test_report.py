@@ -223,6 +223,47 @@ def test_what_a_block_reads_is_drawn_also_where_a_fused_call_gives_several_resul
     assert [drawn[name].operator for name in first.inputs] == ["add_rms_norm"]
 
 
+def test_modules_without_a_numbered_layer_around_them_are_drawn_before_and_after(tmp_path: Path) -> None:
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = Gated(), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.block(x))
+
+    for model, name, block in (
+        (Gated(), "x", ""),
+        (Named(), "x", "block"),
+        (nn.Sequential(Gated(), Gated(), Gated()), "input", "*"),
+    ):
+        report = fxfuse.explain(model, inputs={name: torch.randn(2, 8)}, inner="eager")
+        (picture,) = report.graphs[0].pictures
+        assert picture.block == block
+        gone, new = ([b.detail for b in side if b.changed] for side in (picture.before, picture.after))
+        assert gone == ["gate [2, 16]", "up [2, 16]"] and new == ["gate_up [2, 32]"]
+        kept = [b.operator for b in picture.after if not b.changed and not b.outside]
+        assert kept == ["silu", "mul", "linear"]
+        assert block or "the model itself" in report.to_html(tmp_path / "x.html").read_text(encoding="utf-8")
+    assert [row.where for row in report.rows] == ["{0..2}.gate_up"]
+
+
+def test_a_tensor_that_gives_a_dtype_alone_is_joined_to_nothing() -> None:
+    class Norm(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gated = Gated()
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = x.relu()
+            return self.gated(wide.double().neg().type_as(wide)) + wide.sum()
+
+    report = fxfuse.explain(Norm(), inputs={"x": torch.randn(2, 8)}, inner="eager")
+    (picture,) = report.graphs[0].pictures
+    for side in (picture.before, picture.after):
+        assert {box.inputs for box in side if box.changed} == {("neg",)}
+
+
 def test_names_from_the_model_cannot_break_the_page(tmp_path: Path) -> None:
     report = fxfuse.explain(Gated(), inputs={"x": torch.randn(2, 8)}, inner="eager")
     report.note("<script>alert('&')</script>")
@@ -303,6 +344,11 @@ def test_a_cache_does_not_grow_from_one_measured_call_to_the_next(make_model: Ma
 def test_what_cannot_be_measured_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Gated()
     report = called(model)
+    for unnamed in (torch.randn(1, 8), (torch.randn(1, 8),)):
+        with pytest.raises(OptionError, match="by name"):
+            report.benchmark(unnamed)  # type: ignore[arg-type]
+        with pytest.raises(OptionError, match="by name"):
+            fxfuse.explain(model, inputs=unnamed)  # type: ignore[arg-type]
     with pytest.raises(OptionError, match="rounds=0"):
         report.benchmark({"x": torch.randn(1, 8)}, rounds=0)
     fxfuse.deoptimize(model)

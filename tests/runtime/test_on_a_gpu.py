@@ -36,11 +36,13 @@ def logits(model: Any, cache: str, ids: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("kind", ["contiguous", "interleaved"])
 @pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("inner", ["eager", "inductor"])
+@pytest.mark.parametrize(
+    ("inner", "dtype"), [("eager", torch.float32), ("eager", torch.bfloat16), ("inductor", torch.bfloat16)]
+)
 def test_a_model_gives_what_it_gave(
-    make_model: Make, make_next: Make, kind: str, cache: str, inner: str
+    make_model: Make, make_next: Make, kind: str, cache: str, inner: str, dtype: torch.dtype
 ) -> None:
-    plain = (make_model if kind == "contiguous" else make_next)().to(DEVICE)
+    plain = (make_model if kind == "contiguous" else make_next)().to(DEVICE, dtype)
     ids = torch.randint(1, 300, (2, sum(LENGTHS)), generator=torch.Generator().manual_seed(0)).to(DEVICE)
     exact = logits(copy.deepcopy(plain).double(), cache, ids)
     expected = logits(copy.deepcopy(plain), cache, ids)

@@ -364,5 +364,5 @@ def test_text_groups_the_layers() -> None:
         )
     )
     assert text.count("gate_up_proj") == 1
-    assert "model.layers.{0-1,3}.mlp.gate_up_proj.weight [6, 3]" in text
+    assert "model.layers.{0..1,3}.mlp.gate_up_proj.weight [6, 3]" in text
     assert len(gate_up(4)) == 4

@@ -28,9 +28,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _poisoned() -> Iterator[None]:
-    """Every uninitialised tensor holds NaN, so that an element that no kernel writes is seen."""
+    """Every uninitialised tensor holds NaN, so that an element that no kernel writes is seen.
+
+    In these modules only: a process that runs the tests of a GPU has those of whole models, too.
+    """
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(3, device=DEVICE).isnan().all()
     yield
