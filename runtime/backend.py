@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfuse.errors import FxfuseError, UnsupportedModelError
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Weight
-from fxfuse.runtime import capture, inner, leaves, live_weights
+from fxfuse.runtime import capture, inner, leaves, live_weights, trained_as_it_was
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.original import as_it_was
@@ -144,7 +144,7 @@ def _compiled(
         if session.report.note(nothing):
             log.warning("%s", nothing)
         with beside:
-            run = inner.compile_graph("inductor", options.mode, graph_module, inputs) if trains else original
+            run = trained_as_it_was.compiled(graph_module, inputs, options.mode) if trains else original
         record.compile_seconds = time.perf_counter() - started
         session.report.graphs.append(record)
         return _counted(run, record)

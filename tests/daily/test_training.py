@@ -156,7 +156,7 @@ def test_gradients_reach_the_first_of_many_layers(make_model: Make, prompt: Tens
 def test_prompts_of_several_lengths_train_whether_inductor_takes_them_or_not(
     make_model: Make, prompt: Tensor, dynamic: bool | None
 ) -> None:
-    """Inductor of torch 2.13 compiles no backward of varying length of this model: there it runs as it was."""
+    """Inductor of torch 2.13 takes no backward of varying length of this model: there it runs as it was."""
     plain = make_model().train()
     freeze_linears(plain)
     twin = copy.deepcopy(plain)

@@ -49,7 +49,7 @@ def arguments(name: str) -> list[Any]:
     return found[name]
 
 
-INSIDE = {"gather_features"}  # which only passes write into graphs
+INSIDE = {"gather_features", "embedding", "embedding_backward"}  # which only we write into graphs
 OPERATORS = sorted(
     {
         name.removeprefix("fxfuse::").split(".")[0]
