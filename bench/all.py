@@ -23,8 +23,11 @@ _MODELS = (*_ALL_PEERS, "compile_time", "memory", "train", "moe", "ablation", "s
 NAMES = (*_MODELS, "plan", "convert", "load", "kernels")
 
 
-def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
-    """The command line of one benchmark; sizes, peers and what only a GPU can do are chosen here."""
+def arguments_of(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
+    """The command line of one benchmark; sizes, peers and what only a GPU can do are chosen here.
+
+    What it measures is written to the folder; where kernels are only compiled, nothing is.
+    """
     tiny, cuda = options.size == "tiny", options.device == "cuda"
     given = []
     if name in _MODELS:
@@ -45,8 +48,9 @@ def arguments_of(name: str, options: argparse.Namespace) -> list[str]:
         given += ["--gigabytes", "0.9"]  # two layers
     if name == "load":
         given += ["--size", options.size if options.size in ("small", "0.8b", "2b") else "small"]
-    if name == "kernels":
-        given += [] if cuda else ["--compile-only", *(["--size", "0.8b"] if tiny else [])]
+    if name == "kernels" and not cuda:
+        return ["--compile-only", *(["--size", "0.8b"] if tiny else [])]
+    given += ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
     rounds = options.rounds or (1 if tiny else None)
     return [*given, *(["--rounds", str(rounds), "--warmup", "1"] if rounds else [])]
 
@@ -57,8 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     worst = 0
     for name in options.only:
-        files = ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
-        command = [sys.executable, str(BENCH / f"{name}.py"), *arguments_of(name, options), *files]
+        command = [sys.executable, str(BENCH / f"{name}.py"), *arguments_of(name, options, folder)]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         (folder / f"{name}.txt").write_text(done.stdout + (done.stderr if done.returncode else ""))

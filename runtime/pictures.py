@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import torch
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fxfuse.passes.outcome import Match
 from fxfuse.passes.program import Program, module_path
@@ -95,7 +95,7 @@ def pictures(before: Program, after: Program, matches: Iterable[Match], phase: s
     A block is a module of a numbered layer (`model.layers.0.mlp`), elsewhere the matched module itself, or
     the one around it where the match is named after a merged weight.
     """
-    paths = [_paths(program.graph) for program in (before, after)]
+    paths = [_paths(program) for program in (before, after)]
     modules = set(paths[0].values())
     units: dict[str, str] = {}
     for match in matches:
@@ -126,25 +126,23 @@ def _lies_in(path: str, unit: str) -> bool:
     return f".{unit}." in f".{path}." if unit else "." not in path
 
 
-def _paths(graph: Graph) -> dict[Node, str]:
-    """The module that each node was traced in; what a pass has put there without one is the next node's."""
+def _paths(program: Program) -> dict[Node, str]:
+    """The module that each node was traced in, else that of its weight, else that of the next node."""
     found: dict[Node, str] = {}
     last = ""
-    for node in reversed(graph.nodes):
-        last = module_path(node) or last
+    for node in reversed(program.graph.nodes):
+        own = next(iter(_weights_of(program, node)), "")
+        last = module_path(node) or own or last
         found[node] = last
     return found
 
 
 def _boxes(program: Program, paths: Mapping[Node, str], unit: str, others: set[str]) -> tuple[Box, ...]:
-    def weights_of(node: Node) -> list[str]:
-        return [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
-
     inside = {
         node
         for node in program.graph.nodes
         if node.op == "call_function"
-        and (_lies_in(paths[node], unit) or any(_lies_in(name, unit) for name in weights_of(node)))
+        and (_lies_in(paths[node], unit) or any(_lies_in(name, unit) for name in _weights_of(program, node)))
     }
     drawn = {node for node in inside if _is_drawn(node, others)}
     boxes = {n: _box(program, n, drawn, n.name not in others) for n in program.graph.nodes if n in drawn}
@@ -180,8 +178,12 @@ def _is_weight(program: Program, node: Node) -> bool:
     return node.name in program.weights or program.fused_as(node) is not None
 
 
+def _weights_of(program: Program, node: Node) -> list[str]:
+    return [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
+
+
 def _box(program: Program, node: Node, drawn: set[Node], changed: bool) -> Box:
-    named = [program.name_of(n) for n in node.all_input_nodes if _is_weight(program, n)]
+    named = _weights_of(program, node)
     value = node.meta.get("val")
     shape = f"[{', '.join(map(str, value.shape))}]" if isinstance(value, torch.Tensor) else ""
     weight = ".".join(named[0].split(".")[-1:]) if named else ""

@@ -24,6 +24,7 @@ from fxfuse.passes.weights.plan import Transform
 from fxfuse.runtime import live_weights, ops
 from fxfuse.runtime.capture import ObeyedAutocast, Unrecorded, check_recorded
 from fxfuse.runtime.options import Options
+from fxfuse.runtime.pictures import pictures
 from fxfuse.runtime.report import GraphRecord, Report
 
 assert ops  # imported for the operators it registers: passes write calls of them
@@ -78,6 +79,8 @@ def rewrite(
     record = GraphRecord(
         "graph", len(program.graph.nodes), len(rewritten.graph.nodes), inner, outcomes, plan.digest
     )
+    matches = (match for outcome in outcomes.values() for match in outcome.matches)
+    record.pictures = pictures(program, rewritten, matches, record.phase)
     state = plan.apply({name: tensor.detach() for name, tensor in tensors.items()})
     result = _with_attributes(rewritten, tensors, state, persistent=graph_module.state_dict().keys())
     for alias, name in _tied(graph_module).items():

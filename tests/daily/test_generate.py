@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -215,6 +216,31 @@ def test_the_backend_by_name_in_compile_config(make_model: Make) -> None:
     assert torch.equal(got, expected)
     report = model.optimization_report
     assert report is not None and report.calls >= TOKENS - 1 and report.matched >= 4
+
+
+@slow
+@pytest.mark.inductor
+def test_the_backend_by_name_alone_gets_the_mode_that_transformers_asks_for(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = make_model(layers=("full_attention",), seed=3)
+    model = copy.deepcopy(plain)
+    asked: list[str] = []
+    options_of = torch._inductor.list_mode_options
+
+    def spying(mode: str) -> Any:
+        asked.append(mode)
+        return options_of(mode)
+
+    monkeypatch.setattr(torch._inductor, "list_mode_options", spying)
+    how = CompileConfig(backend="fxfuse")
+    how._compile_all_devices = True
+    expected = plain.generate(ids(17), cache_implementation="static", disable_compile=True, **GREEDY)
+    got = model.generate(ids(17), cache_implementation="static", compile_config=how, **GREEDY)
+    assert torch.equal(got, expected)
+    report = model.optimization_report
+    assert report is not None and report.calls >= TOKENS - 1 and report.matched >= 2
+    assert not report.failures and set(asked) == {how.mode} == {"reduce-overhead"}
 
 
 def test_the_automatic_compile_on_top_of_ours_compiles_nothing_and_its_mode_is_reported_as_lost(

@@ -1,6 +1,7 @@
 """Models that people load: all of them answer as before, and what was merged or left alone is said."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -272,11 +273,12 @@ def test_an_encoder_decoder_generates_what_it_did_and_can_be_explained(feed_forw
     sizes = {"d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, "num_heads": 2, "vocab_size": 300}
     special = {"decoder_start_token_id": 0, "pad_token_id": 0, "eos_token_id": None}
     config = T5Config(**sizes, **special, feed_forward_proj=feed_forward)
-    plain, model = pair = twins(lambda: T5ForConditionalGeneration(config))
+    strict = feed_forward == "relu"
+    plain, model = pair = twins(lambda: T5ForConditionalGeneration(config), strict=strict)
     for length, batch in ((9, 1), (12, 2)):
         same_tokens(pair, lambda m, n=length, b=batch: m.generate(ids(n, b), **GREEDY))
     assert not model.optimization_report.failures
-    found = fxfuse.explain(plain, inner="eager")
+    found = fxfuse.explain(plain, inner="eager", strict=True)
     assert [graph.phase for graph in found.graphs][-1] == "decode"
     assert found.matched >= 6 and not any("cannot" in note for note in found.notes)
 
@@ -375,6 +377,26 @@ def test_quantised_linears_stay_with_a_reason_and_what_is_beside_them_is_merged(
     assert left >= {"in_proj_qkv", "in_proj_z", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
     assert {n: t.data_ptr() for n, t in model.state_dict().items() if n in before} == before
     assert "quantised" in str(report)
+
+
+@slow
+@pytest.mark.parametrize("kind", [Packed4Bits, Float8])
+def test_beside_quantised_linears_the_core_and_the_norms_are_rewritten_for_a_gpu(
+    make_model: Make, kind: type
+) -> None:
+    def rules(model: Any) -> dict[tuple[str, str], int]:
+        rows = fxfuse.explain(model, target="cuda").rows
+        return dict(Counter((row.phase, row.rule) for row in rows for _ in range(row.matched)))
+
+    expected, model = rules(make_model()), make_model()
+    for name, module in list(model.named_modules()):
+        if name.rpartition(".")[2] in QUANTISED:
+            model.set_submodule(name, kind(module))
+    for phase in ("prefill", "decode"):
+        assert expected[phase, "same_input_linears"] == 4
+        expected[phase, "same_input_linears"] = 1  # in_proj_b and in_proj_a
+    assert rules(model) == expected
+    assert expected["decode", "gdn_decode"] == 1 and expected["prefill", "gated_rms_norm"] == 1
 
 
 def test_data_of_a_parameter_is_read_at_every_call() -> None:

@@ -248,6 +248,17 @@ def test_modules_without_a_numbered_layer_around_them_are_drawn_before_and_after
     assert [row.where for row in report.rows] == ["{0..2}.gate_up"]
 
 
+@pytest.mark.parametrize(("model", "block"), [(Gated(), ""), (nn.Sequential(Gated(), Gated()), "*")])
+def test_a_rewritten_graph_of_ones_own_is_drawn_before_and_after(model: nn.Module, block: str) -> None:
+    """Traced without Dynamo, nodes do not say which module they are from; their weights do."""
+    (picture,) = fxfuse.rewrite(model, [torch.randn(2, 8)], dynamic=False).report.graphs[0].pictures
+    assert (picture.block, picture.phase) == (block, "graph")
+    gone, new = ([b.detail for b in side if b.changed] for side in (picture.before, picture.after))
+    assert gone == ["gate [2, 16]", "up [2, 16]"] and new == ["gate_up [2, 32]"]
+    kept = [b.operator for b in picture.after if not b.changed and not b.outside]
+    assert kept == ["silu", "mul", "linear"]
+
+
 def test_a_tensor_that_gives_a_dtype_alone_is_joined_to_nothing() -> None:
     class Norm(nn.Module):
         def __init__(self) -> None:

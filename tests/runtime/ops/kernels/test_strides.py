@@ -3,7 +3,7 @@
 Offsets are counted in 64 bits, whatever dimension is far apart; an expanded tensor is read where it is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ def spread(tmp_path: Path) -> Iterator[Spread]:
             torch.utils.deterministic.fill_uninitialized_memory = False
             try:
                 return torch.empty(elements, dtype=like.dtype, device=like.device)
+            except torch.OutOfMemoryError:  # another process was faster
+                pytest.skip("needs a device with room for 2^31 elements")
             finally:
                 torch.utils.deterministic.fill_uninitialized_memory = filled
         made.append(like)
@@ -121,6 +123,15 @@ LAUNCHES: dict[str, Callable[..., Any]] = {
 }
 
 
+def same(pairs: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Bit for bit under the interpreter; a compiler lays tiles out by strides, which orders the sums."""
+    for expected, got in pairs:
+        if expected.is_cuda:
+            torch.testing.assert_close(got, expected, rtol=2e-3, atol=1e-4)
+        else:
+            assert torch.equal(got, expected)
+
+
 @pytest.mark.parametrize("dim", range(4))
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_far_apart_is_the_same_as_side_by_side(make: Any, spread: Spread, name: str, dim: int) -> None:
@@ -129,8 +140,8 @@ def test_far_apart_is_the_same_as_side_by_side(make: Any, spread: Spread, name: 
     near = [x.clone() if isinstance(x, Tensor) else x for x in near]
     expected, got = LAUNCHES[name](*near), LAUNCHES[name](*far)
     expected, got = (x if isinstance(x, tuple) else (x,) for x in (expected, got))
-    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(near, far, strict=True) if isinstance(x, Tensor))
+    same(zip(expected, got, strict=True))
+    same((x, y) for x, y in zip(near, far, strict=True) if isinstance(x, Tensor))
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
@@ -145,5 +156,5 @@ def test_expanded_is_the_same_as_repeated(make: Any, name: str) -> None:
     assert sum(0 in x.stride() for x in repeated if isinstance(x, Tensor)) >= 1
     expected, got = LAUNCHES[name](*dense), LAUNCHES[name](*repeated)
     expected, got = (x if isinstance(x, tuple) else (x,) for x in (expected, got))
-    assert all(torch.equal(x, y) for x, y in zip(expected, got, strict=True))
-    assert all(torch.equal(x, y) for x, y in zip(dense, repeated, strict=True) if isinstance(x, Tensor))
+    same(zip(expected, got, strict=True))
+    same((x, y) for x, y in zip(dense, repeated, strict=True) if isinstance(x, Tensor))
