@@ -1,4 +1,4 @@
-"""A graph that trains and in which nothing matches is compiled as torch.compile does, but for its embeddings."""
+"""A graph that trains and has no match is compiled as torch.compile does, but for its embeddings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

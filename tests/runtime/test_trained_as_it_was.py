@@ -1,4 +1,4 @@
-"""Training where nothing matches: compiled, embeddings by our operator, and the gradients of the plain model."""
+"""Training where nothing matches: compiled, our own embeddings, the gradients of the plain model."""
 
 import copy
 from collections.abc import Callable
