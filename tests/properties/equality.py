@@ -62,9 +62,17 @@ def _leaf(expected: Any, got: Any, exact: bool, truth: Any) -> str | None:
         return _errors(expected, got, truth)
     if not exact and expected.is_floating_point():
         scale = expected.nan_to_num(0, 0, 0).abs().max() if expected.numel() else 1.0
-        if not torch.allclose(expected, got, rtol=0, atol=float(scale) * TOLERANCE, equal_nan=True):
+        if not _close(expected, got, float(scale) * TOLERANCE):
             return f"largest difference {float((expected - got).abs().max()):.3g} at scale {float(scale):.3g}"
     return None
+
+
+def _close(expected: Tensor, got: Tensor, atol: float) -> bool:
+    """Within the tolerance; one element in fifty may be rounded to the dtype's neighbouring number."""
+    off = ~torch.isclose(expected, got, rtol=0, atol=atol, equal_nan=True)
+    if int(off.sum()) > max(1, expected.numel() // 50):
+        return False
+    return torch.allclose(expected, got, rtol=torch.finfo(expected.dtype).eps, atol=atol, equal_nan=True)
 
 
 def _errors(expected: Tensor, got: Tensor, truth: Tensor) -> str | None:
