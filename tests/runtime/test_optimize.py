@@ -253,7 +253,7 @@ def test_strict_asks_what_is_no_language_model_at_its_first_call(x: Tensor) -> N
     fxfuse.optimize(model, inner="eager", strict=True)
     with pytest.raises(UnsupportedModelError, match="forward hook"), torch.no_grad():
         model(x)
-    with pytest.raises(UnsupportedModelError, match="nothing to rewrite.*strict=False"), torch.no_grad():
+    with pytest.raises(UnsupportedModelError, match=r"nothing to rewrite.*strict=False"), torch.no_grad():
         fxfuse.optimize(Chain(), inner="eager", strict=True)(torch.randn(3, 4))
 
 
