@@ -111,6 +111,10 @@ def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 if tensor.is_meta
                 else mode.from_tensor(tensor.detach())
             )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        for name, value in vars(tensor).items():  # the scales of a quantised weight, for one
+            if not hasattr(fake, name):
+                setattr(fake, name, value)
+        memo[id(tensor)] = fake
     return copy.deepcopy(model, memo)
