@@ -20,6 +20,10 @@ from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report
 
 PROMPT = 17
+AFTER_A_CALL = (
+    "its quantised linears may compute with values, which a dry run has not: call it after optimize() "
+    "without strict, and read model.optimization_report"
+)
 OF_ONE_CALL = "give the keyword arguments of one call that it can answer: explain(model, inputs={...})"
 
 
@@ -65,9 +69,9 @@ def explain(
         own = raised_on_purpose(error)
         if own is not None:
             raise own from None
+        advice = AFTER_A_CALL if report.notes else OF_ONE_CALL if inputs is None else ""
         raise UnsupportedModelError(
-            f"{type(model).__name__} cannot be captured: {error}"
-            + (f"; {OF_ONE_CALL}" if inputs is None else "")
+            f"{type(model).__name__} cannot be captured: {error}" + (f"; {advice}" if advice else "")
         ) from error
     finally:
         backend.current_session.reset(token)
@@ -111,6 +115,10 @@ def _without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
                 if tensor.is_meta
                 else mode.from_tensor(tensor.detach())
             )
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(fake, requires_grad=tensor.requires_grad) if is_parameter else fake
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        for name, value in vars(tensor).items():  # the scales of a quantised weight, for one
+            if not hasattr(fake, name):
+                setattr(fake, name, value)
+        memo[id(tensor)] = fake
     return copy.deepcopy(model, memo)

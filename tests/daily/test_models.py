@@ -380,7 +380,7 @@ def test_quantised_linears_stay_with_a_reason_and_what_is_beside_them_is_merged(
 
 
 @slow
-@pytest.mark.parametrize("kind", [Packed4Bits, Float8])
+@pytest.mark.parametrize("kind", [Packed4Bits, Float8, EightBits])
 def test_beside_quantised_linears_the_core_and_the_norms_are_rewritten_for_a_gpu(
     make_model: Make, kind: type
 ) -> None:

@@ -100,3 +100,7 @@ def test_a_model_that_cannot_be_captured_is_an_error_of_ours() -> None:
         fxfuse.explain(Broken(), inputs={"x": torch.randn(1, 4)}, inner="eager")
     with pytest.raises(OptionError, match="unknown pass"):
         fxfuse.explain(Broken(), passes=["nothing"])
+    quantised = Broken()
+    quantised.linear.weight = nn.Parameter(torch.ones(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(UnsupportedModelError, match=r"no forward here.*call it after optimize\(\)"):
+        fxfuse.explain(quantised, inputs={"x": torch.randn(1, 4)}, inner="eager")
