@@ -68,7 +68,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         ways = ["eager", *options.peers, "fxfuse", MERGE_ONLY]
         compared = [Contender(way, shapes, ours=way.startswith("fxfuse")) for way in ways]
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as home:
-            for state in options.state:
+            for state in sorted(options.state):  # what is cold first, whose caches the warm ones are
                 rows: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
                 layers = shapes.config.num_hidden_layers
                 peers = [_peer(options, way, rows, state, Path(home), layers) for way in ways]

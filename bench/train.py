@@ -108,7 +108,7 @@ def _gradients(contender: Contender) -> Function:
 
 
 def _part(gradient: Tensor) -> Tensor:
-    return gradient[:: max(1, gradient.numel() // COMPARED)]
+    return gradient[:: gradient.numel() // COMPARED | 1]  # odd: of every column
 
 
 def parser() -> argparse.ArgumentParser:

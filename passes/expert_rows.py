@@ -27,8 +27,11 @@ MOST_ROWS = 32  # more rows share experts, whose weights a product of matrices r
 
 def _stored(weight: Node, writes: StorageWrites) -> Node:
     """What a copy of the weights was made of: chosen rows are read where they lie."""
-    while str(weight.target) in (ops.CONTIGUOUS, ops.CLONE) and not writes.is_written(weight.args[0]):  # type: ignore[arg-type]
-        weight = weight.args[0]  # type: ignore[assignment]
+    while str(weight.target) in (ops.CONTIGUOUS, ops.CLONE):
+        source: Node = weight.args[0]  # type: ignore[assignment]
+        if writes.is_written(weight) or writes.is_written(source):
+            break
+        weight = source
     return weight
 
 
@@ -72,6 +75,7 @@ def _replace(program: Program, grouped: Node, weight: Node) -> None:
         somebodys = call(aten.lt.Tensor, number, call(aten.select.int, offsets, 0, -1))
         y = call(aten.where.ScalarOther, call(aten.unsqueeze.default, somebodys, 1), y, 0.0)
         y = cast(y, dtype)
+    y.meta["val"] = grouped.meta["val"]  # for a product that reads this one
     grouped.replace_all_uses_with(y)
     graph.erase_node(grouped)
 

@@ -30,14 +30,18 @@ from fxfuse.patterns import ops
 
 
 def fold_idle_calls(program: Program) -> None:
-    """Rewrite in place; a result that is written, returned or read by its strides stays a copy."""
+    """Rewrite in place.
+
+    A result that is written, returned or read by its strides stays a copy. So does one whose source is
+    written afterwards.
+    """
     writes_to_values(program)
     results_to_values(program)
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
     _views_to_reshapes(program, writes)
     shown = layout_shows(program.graph)
     stale: set[Node] = set()
-    (output,) = program.graph.find_nodes(op="output")
+    (output,), gradients = program.graph.find_nodes(op="output"), program.needs_gradients
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source):
@@ -49,6 +53,8 @@ def fold_idle_calls(program: Program) -> None:
         if writes.is_written(node) or (twice and writes.is_written(read)):
             continue
         later = writes.version(source, read) != writes.version(source, output)
+        if gradients:  # a backward may read the copy when later calls have written its source
+            later = writes.is_written(source)
         if later or anew or storage_of(node) in fixed:
             continue
         stale |= set(node.users)

@@ -81,8 +81,9 @@ class Judge:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
             partial = Partial(region)
+            known = len(MAGNITUDES) + bool(partial.unseen)  # trials that are made in any case
             for trial, magnitude in enumerate((*MAGNITUDES, *LARGE)):
-                if trial >= len(MAGNITUDES) and not partial.unseen:
+                if trial >= known and not partial.unseen:
                     break
                 sizes = TRIALS[trial % len(TRIALS)]
                 fewer = Fewer(batch, sizes[0])

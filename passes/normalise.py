@@ -265,7 +265,11 @@ def _hands_on_memory(node: Node) -> bool:
 
 
 def _one_view_of_each(program: Program) -> None:
-    """view(x, s), reshape(x, s) -> one of them, and x itself where s is its shape."""
+    """view(x, s), reshape(x, s) -> one of them, and x itself where s is its shape.
+
+    Also of memory that is written: at any time both show what is there. Not so their gradients.
+    """
+    writes, gradients = StorageWrites(program.graph), program.needs_gradients
     (output,) = program.graph.find_nodes(op="output")
     bases: dict[Node, Node] = {}
     views: dict[Node, list[Node]] = defaultdict(list)
@@ -273,6 +277,8 @@ def _one_view_of_each(program: Program) -> None:
         reads_memory = str(node.target) in ops.STRIDE_READERS  # whose input has to be in memory
         source = node.args[0] if _hands_on_memory(node) and not reads_memory else None
         if not isinstance(source, Node) or output in node.users:
+            continue
+        if gradients and writes.is_written(node):
             continue
         base = bases[node] = bases.get(source, source)
         same = next((other for other in (base, *views[base]) if _is_the_same(program, node, other)), None)
@@ -308,7 +314,9 @@ def _one_reshape(program: Program) -> None:
         if not isinstance(source, Node) or str(source.target) not in (ops.RESHAPE, ops.FLATTEN):
             continue
         whole: Node = source.args[0]  # type: ignore[assignment]
-        if not writes.is_written(node) and (storage_of(node) not in shown or is_contiguous(value_of(whole))):
+        value = value_of(whole)
+        alike = storage_of(node) not in shown or (value is not None and is_contiguous(value))
+        if alike and not writes.is_written(node):
             if writes.version(whole, source) != writes.version(whole, output):
                 continue
             node.args = (whole, *node.args[1:])

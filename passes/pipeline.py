@@ -4,6 +4,9 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
+from torch._ops import OpOverload
+
 from fxfuse.errors import OptionError
 from fxfuse.passes import (
     add_rms_norm,
@@ -31,7 +34,7 @@ from fxfuse.passes import (
 from fxfuse.passes.normalise import fold_idle_dropout, normalise
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.output_layout import restore_output_layout
-from fxfuse.passes.program import Program
+from fxfuse.passes.program import Program, module_path
 from fxfuse.patterns import ops
 
 log = logging.getLogger("fxfuse")
@@ -138,6 +141,13 @@ def _as_eager_lays_it_out(program: Program) -> Program:
 
 
 def _normalised(program: Program) -> Outcome:
+    for node in program.graph.nodes:
+        turns = isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags
+        if turns and node.target is not torch.ops.aten.detach_.default:  # whose sizes stay
+            reason = (
+                f"{node.name} changes the sizes of a tensor in place: no pass knows what it is from there on"
+            )
+            return Outcome(misses=[Miss("normalise", module_path(node), node.name, reason)])
     normalise(program)
     return Outcome(matches=[Match("normalise", "", (), "")])
 

@@ -101,6 +101,15 @@ class Program:
         self.graph_module = GraphModule(self.graph_module, self.graph)
         self.graph_module.meta.update(meta)
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether grad mode is on, and something that the graph reads may be asked for a gradient."""
+        values = (node.meta.get("val") for node in self.placeholders())
+        return self.grad_enabled and (
+            any(weight.trainable for weight in self.weights.values())
+            or any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
+        )
+
     def placeholders(self) -> list[Node]:
         return [node for node in self.graph.nodes if node.op == "placeholder"]
 

@@ -140,14 +140,17 @@ def _compiled(
     if not any(outcome.matches for outcome in outcomes.values()):
         trains = chosen_inner == "inductor" and inner.needs_gradients(inputs)
         how = "it is compiled as it is" if trains else "it runs as it was"
+        with beside:
+            run = trained_as_it_was.compiled(graph_module, inputs, options.mode) if trains else original
         nothing = f"nothing matched in a {record.phase} graph: {how}{_first_reason(record)}"
         if session.report.note(nothing):
             log.warning("%s", nothing)
-        with beside:
-            run = trained_as_it_was.compiled(graph_module, inputs, options.mode) if trains else original
         record.compile_seconds = time.perf_counter() - started
         session.report.graphs.append(record)
-        return _counted(run, record)
+        call = _counted(run, record)
+        if options.verify and trains:
+            return verified(call, original, record, options.strict, session.report)
+        return call
 
     with beside:
         run = rewriting.compiled(

@@ -19,11 +19,17 @@ def as_it_was(graph_module: GraphModule) -> Callable[..., Any]:
     """
     if not graph_module.graph.find_nodes(op="call_function", target=CHECKPOINT):
         return graph_module.forward
-    graph = Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph = copy_of(graph_module)
     for node in graph.find_nodes(op="call_function", target=CHECKPOINT):
         node.target = _checkpointed(getattr(graph_module, str(node.args[0].target)))
     return GraphModule(graph_module, graph).forward
+
+
+def copy_of(graph_module: GraphModule) -> Graph:
+    """A graph to edit; the module keeps its own."""
+    graph = Graph()
+    graph.output(graph.graph_copy(graph_module.graph, {}))
+    return graph
 
 
 def _checkpointed(body: GraphModule) -> Callable[..., Any]:

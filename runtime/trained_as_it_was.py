@@ -5,20 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import GraphModule, Node
 
-from fxfuse.runtime import inner
+from fxfuse.runtime import capture, inner
 from fxfuse.runtime.options import Mode
+from fxfuse.runtime.original import copy_of
 
 _NAMES = ("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 
 
 def compiled(graph_module: GraphModule, inputs: Sequence[Any], mode: Mode | None) -> Callable[..., Any]:
     """The graph under Inductor; the module given stays as it is."""
-    graph = Graph()
-    graph.output(graph.graph_copy(graph_module.graph, {}))
+    graph = copy_of(graph_module)
     copied = GraphModule(graph_module, graph)
-    copied.meta = dict(graph_module.meta)
+    capture.carry_over(copied, graph_module)
     for node in graph.find_nodes(op="call_function", target=F.embedding):
         args = _arguments_on_a_cpu(node)
         if args is not None:
@@ -33,6 +33,8 @@ def _arguments_on_a_cpu(node: Node) -> tuple[Any, ...] | None:
     weight, ids = given["weight"], given["input"]
     table = weight.meta.get("example_value") if isinstance(weight, Node) else None
     if not isinstance(table, torch.Tensor) or table.device.type != "cpu" or not isinstance(ids, Node):
+        return None
+    if not table.requires_grad:
         return None
     if given.get("max_norm") is not None or given.get("scale_grad_by_freq") or given.get("sparse"):
         return None

@@ -99,6 +99,30 @@ def test_a_copy_of_the_weights_is_looked_through_unless_they_are_written(
     assert len(found) == (0 if written else 1)
 
 
+@pytest.mark.parametrize("copy", [lambda w: w.clone(), lambda w: w.contiguous()], ids=["clone", "contiguous"])
+def test_a_copy_that_is_written_itself_is_read(rewrite_equal: Any, copy: Any) -> None:
+    class Edited(Grouped):
+        def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+            weight = copy(self.weight.transpose(-2, -1))
+            weight[0].zero_()
+            return torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offsets)
+
+    rewrite_equal(Edited(), [integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)], passes=PASS, dynamic=False)
+
+
+def test_a_product_may_feed_another(rewrite_equal: Any) -> None:
+    class Two(Grouped):
+        def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+            weight = self.weight.transpose(-2, -1)
+            once = torch.ops.transformers.grouped_mm_fallback(x, weight, offs=offsets)
+            return torch.ops.transformers.grouped_mm_fallback(once, weight, offs=offsets)
+
+    given = [integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)]
+    module = Two()
+    module.weight = nn.Parameter(torch.empty(5, 8, 8))
+    assert len(matches(rewrite_equal(module, given, passes=PASS, dynamic=False))) == 2
+
+
 def test_half_precision_is_summed_in_fp32() -> None:
     torch.manual_seed(0)
     for dtype in (torch.bfloat16, torch.float16):

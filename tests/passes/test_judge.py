@@ -7,8 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse import Rewritten, rewrite
+from fxfuse.passes.judge import Judge
 
 # Each leaves values near zero as they are.
 LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -112,6 +115,18 @@ def test_what_few_values_show_takes_more_trials(heads: int) -> None:
 
     inputs = [*torch.randn(3, 1, 1, heads, 4), *torch.randn(2, 1, 1, heads)]
     assert "gdn_gates" in rules(rewrite(Gates(), inputs, target="cuda", dynamic=False))
+
+
+@pytest.mark.parametrize("limit", [F.relu6, lambda x: x.clamp(0, 50)], ids=["relu6", "clamp"])
+def test_a_limit_that_one_side_shows_is_tried_on_the_other(limit: Callable[[Tensor], Tensor]) -> None:
+    graph = make_fx(lambda x: limit(x) + torch.log1p(torch.exp(-x.abs())))(torch.randn(64)).graph
+    with FakeTensorMode() as mode:
+        value = mode.from_tensor(torch.empty(64))
+    for node in graph.nodes:
+        node.meta["val"] = value
+    (x,) = graph.find_nodes(op="placeholder")
+    region = [node for node in graph.nodes if node.op == "call_function"]
+    assert not Judge().equal(region, region[-1:], lambda values: [F.softplus(values[x])], "softplus")
 
 
 def test_without_a_limit_both_match() -> None:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fxfuse
 from fxfuse import Rewritten, rewrite
 from fxfuse.passes import pipeline
 from fxfuse.runtime.options import Options
@@ -137,6 +138,78 @@ def test_a_copy_that_is_written_in_a_list_stays_a_copy(rewrite_equal: Any) -> No
         return copied.mul_(2) + 1
 
     normal(rewrite_equal, compute)
+
+
+def test_reshapes_around_a_flatten_are_one(rewrite_equal: Any) -> None:
+    around = Calls(lambda x: x.reshape(2, 12).reshape(4, 6).flatten().reshape(3, 8))
+    assert not rewrite_equal(around, [X], passes=(), fill=False).report.misses
+
+
+def _turned_beside_another(x: Tensor) -> list[Tensor]:
+    turned = x.view(6, 4)
+    turned.t_()
+    return [turned * 1.5, x.view(6, 4) * 2]
+
+
+def _one_more_dimension(x: Tensor) -> list[Tensor]:
+    y = x * 2
+    longer = y.view(6, 4)
+    longer.unsqueeze_(0)
+    return [longer.sum(1), y.view(6, 4).sum(1)]
+
+
+def _turned_by_itself(x: Tensor) -> Tensor:
+    same = x.view(x.shape)
+    same.transpose_(0, 1)
+    return same * 2
+
+
+@pytest.mark.parametrize("compute", [_turned_beside_another, _one_more_dimension, _turned_by_itself])
+def test_a_graph_that_turns_tensors_in_place_is_left_alone(rewrite_equal: Any, compute: Any) -> None:
+    rewritten = rewrite_equal(Calls(compute), [X], passes=(), fill=False)
+    assert any("in place" in miss.reason for miss in rewritten.report.misses)
+    x = X.clone()
+    rewritten.graph_module(x)
+    assert x.shape == X.shape
+
+
+def test_a_write_after_a_detached_view_reaches_the_gradient() -> None:
+    class Written(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Linear(4, 4, bias=False).requires_grad_(False) for _ in range(2))
+            self.w = nn.Parameter(torch.ones(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            memory = torch.zeros(6)
+            first = memory.detach().view(2, 3)
+            second = memory.view(2, 3)
+            memory.add_(self.w)
+            return (self.a(x) * self.b(x)).sum() + (second * 2).sum() + (first * 5).sum()
+
+    module = Written()
+    model = fxfuse.optimize(module, inner="eager")
+    model(X[0]).backward()
+    assert torch.equal(module.w.grad, torch.full((6,), 2.0))  # type: ignore[arg-type]
+
+
+def test_copies_of_a_state_stay_for_the_backward() -> None:
+    class Counted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Linear(4, 4, bias=False).requires_grad_(False) for _ in range(2))
+            self.w = nn.Parameter(torch.ones(4))
+            self.register_buffer("state", torch.zeros(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.state.add_(x[0])
+            return (self.a(x) * self.b(x)).sum() + (self.state.clone() * self.w).sum()
+
+    module = Counted()
+    model = fxfuse.optimize(module, inner="eager")
+    x = torch.ones(2, 4)
+    (model(x) + model(x)).backward()
+    assert torch.equal(module.w.grad, torch.full((4,), 3.0))  # type: ignore[arg-type]
 
 
 def test_a_sum_that_is_written_shows_it_with_its_dimension_back(rewrite_equal: Any) -> None:

@@ -195,9 +195,11 @@ def run_shares(suite: str, first: int, count: int, jobs: int, minutes: float, re
     """The examples of a suite, each of the processes a share of them in a row."""
     bounds = [count * job // jobs for job in range(jobs + 1)]
     shares = [Result(suite, first, a, b - a) for a, b in pairwise(bounds)]
-    for file in RESULTS.glob(f"{suite}-*.json"):
-        if not resume or file not in [share.file for share in shares]:
-            file.unlink()
+    known = results_of(suite)
+    if resume and known and [(r.start, r.asked) for r in known] != [(s.start, s.asked) for s in shares]:
+        raise SystemExit(f"{suite}: --resume goes on with the --count and --jobs of the run that it resumes")
+    for result in known if not resume else ():
+        result.file.unlink()
     if jobs == 1:
         run(shares[0], minutes, resume)
         return

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.runtime import inner
+from fxfuse.runtime.backend import report_of
 
 IDS = torch.tensor([[3, 1, 6, 3], [0, 3, 6, 1]])
 
@@ -30,6 +31,7 @@ class Tied(nn.Module):
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What Inductor would be given; it runs as it is."""
     found: list[Any] = []
+    torch.compiler.reset()  # there is a limit to the graphs of one forward
 
     def compile_graph(name: str, mode: Any, graph: Any, inputs: Any) -> Callable[..., Any]:
         found.append(graph)
@@ -57,6 +59,34 @@ def test_embeddings_have_the_gradient_of_the_plain_model(graphs: list[Any], padd
     compiled = torch.compile(model, backend="fxfuse")
     torch.testing.assert_close(gradient(compiled, model.table), gradient(twin, twin.table))
     assert len(graphs) == 1 and "fxfuse.embedding.default" in calls(graphs[0])
+
+
+def test_a_frozen_table_and_its_module_stay(graphs: list[Any]) -> None:
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4)).double()
+    model[0].requires_grad_(False)
+    torch.compile(model, backend="fxfuse")(IDS).sum().backward()
+    assert len(graphs) == 1 and "fxfuse.embedding.default" not in calls(graphs[0])
+
+
+def test_aotautograd_reads_the_same_of_the_copy(graphs: list[Any]) -> None:
+    model = Tied().double()
+    torch.compile(model, backend="fxfuse")(IDS)
+    inputs = graphs[0].graph.find_nodes(op="placeholder")
+    assert all(node._dynamo_source is not None for node in inputs)
+
+
+def test_what_is_compiled_is_verified_where_asked_for(
+    graphs: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(name: str, mode: Any, graph: Any, inputs: Any) -> Callable[..., Any]:
+        return lambda *args: tuple(y + 1 for y in graph.forward(*args))
+
+    monkeypatch.setattr(inner, "compile_graph", wrong)
+    model = Tied().double()
+    compiled = torch.compile(model, backend="fxfuse", options={"verify": True})
+    torch.testing.assert_close(compiled(IDS), model(IDS))
+    report = report_of(model.parameters())
+    assert report is not None and any("does not reproduce" in note for note in report.notes)
 
 
 @pytest.mark.parametrize(
