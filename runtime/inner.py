@@ -108,4 +108,18 @@ def _inductor(
     if all(value.device.type == "cpu" for value in inputs if isinstance(value, torch.Tensor)):
         warm_up.begin().join()
     patches = None if mode in (None, "default") else list_mode_options(mode)
-    return cast(Callable[..., Any], compile_fx(graph_module, list(inputs), config_patches=patches))
+    return cast(
+        Callable[..., Any],
+        compile_fx(graph_module, list(map(_by_its_symbol, inputs)), config_patches=patches),
+    )
+
+
+def _by_its_symbol(value: Any) -> Any:
+    """A size that was found equal to another one, by that one's symbol.
+
+    Inductor gives an input the name that it had, and computes with the other one, which nothing else in a
+    piece of a graph may bring along.
+    """
+    if not isinstance(value, torch.SymInt) or value.node._expr == value.node.expr:
+        return value
+    return value.node.shape_env.create_symintnode(value.node.expr, hint=value.node.hint)
