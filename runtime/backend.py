@@ -369,8 +369,8 @@ def _raise_on_miss(record: GraphRecord) -> None:
         )
     if not any(outcome.matches for outcome in record.outcomes.values()):
         raise UnsupportedModelError(
-            f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes; strict=False runs "
-            "it as it was"
+            f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes; strict=False "
+            "leaves it as it is"
         )
 
 

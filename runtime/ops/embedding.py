@@ -61,18 +61,3 @@ def _backward(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 embedding.register_autograd(_backward, setup_context=_save)
-
-
-def _save_ids(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    _, ids, _, padding_idx = inputs
-    ctx.save_for_backward(ids)
-    ctx.padding_idx = padding_idx
-
-
-def _backward_again(ctx, grad):  # type: ignore[no-untyped-def]
-    (ids,) = ctx.saved_tensors
-    rows = embedding(grad, ids, ctx.padding_idx)
-    return rows.masked_fill((ids == ctx.padding_idx).unsqueeze(-1), 0), None, None, None
-
-
-embedding_backward.register_autograd(_backward_again, setup_context=_save_ids)
