@@ -33,7 +33,7 @@ log = logging.getLogger("fxfuse")
 MOST_SPANS = 4
 # Graphs that a summary lists one by one.
 MOST_GRAPHS = 8
-NOTHING_RAN = "nothing was run or moved: this is what optimize() would do, or has prepared"
+NOTHING_RAN = "no rewritten graph was called yet, and no weight of the model was moved"
 NOTHING_LEFT = "nothing that any pass could have matched"
 
 
