@@ -21,6 +21,21 @@ _ONE_TOKEN = ("decode", "generate", "moe", "ablation", "scaling")
 _PEERS = {"cpu": ["torch.compile", "freezing", "max-autotune"], "cuda": [*PEERS]}
 _MODELS = (*_ALL_PEERS, "compile_time", "memory", "train", "moe", "ablation", "scaling")
 NAMES = (*_MODELS, "plan", "convert", "load", "kernels")
+# Claims of a speed on a GPU that have shapes of their own: the benchmark, and what it is told.
+ON_CUDA = {
+    "decode-4b": ("decode", ["--size", "4b", "--cache", "StaticCache"]),
+    "projections-32": ("ablation", ["--only", "same_input_linears", "--batch", "32"]),
+    "projections-128": ("ablation", ["--only", "same_input_linears", "--batch", "128"]),
+    "prefill-8192": ("prefill", ["--prompt", "8192"]),
+}
+
+
+def runs(options: argparse.Namespace) -> dict[str, tuple[str, list[str]]]:
+    """What is run, by the name of its files: a benchmark of that name, or one of `ON_CUDA`."""
+    chosen = {name: (name, []) for name in options.only}
+    if options.device == "cuda" and options.size != "tiny":
+        chosen |= {name: given for name, given in ON_CUDA.items() if given[0] in options.only}
+    return chosen
 
 
 def arguments_of(name: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -28,6 +43,11 @@ def arguments_of(name: str, options: argparse.Namespace, folder: Path) -> list[s
 
     What it measures is written to the folder; where kernels are only compiled, nothing is.
     """
+    script, own = runs(options)[name]
+    return [*_arguments(name, script, options, folder), *own]
+
+
+def _arguments(file: str, name: str, options: argparse.Namespace, folder: Path) -> list[str]:
     tiny, cuda = options.size == "tiny", options.device == "cuda"
     given = []
     if name in _MODELS:
@@ -50,7 +70,7 @@ def arguments_of(name: str, options: argparse.Namespace, folder: Path) -> list[s
         given += ["--size", options.size if options.size in ("small", "0.8b", "2b") else "small"]
     if name == "kernels" and not cuda:
         return ["--compile-only", *(["--size", "0.8b"] if tiny else [])]
-    given += ["--json", str(folder / f"{name}.json"), "--plot", str(folder / f"{name}.png")]
+    given += ["--json", str(folder / f"{file}.json"), "--plot", str(folder / f"{file}.png")]
     rounds = options.rounds or (1 if tiny else None)
     return [*given, *(["--rounds", str(rounds), "--warmup", "1"] if rounds else [])]
 
@@ -60,13 +80,13 @@ def main(argv: list[str] | None = None) -> int:
     folder = options.out / f"{datetime.datetime.now(datetime.UTC):%Y-%m-%d}-{options.device}-{options.size}"
     folder.mkdir(parents=True, exist_ok=True)
     worst = 0
-    for name in options.only:
-        command = [sys.executable, str(BENCH / f"{name}.py"), *arguments_of(name, options, folder)]
+    for name, (script, _) in runs(options).items():
+        command = [sys.executable, str(BENCH / f"{script}.py"), *arguments_of(name, options, folder)]
         start = time.perf_counter()
         done = subprocess.run(command, capture_output=True, text=True)
         (folder / f"{name}.txt").write_text(done.stdout + (done.stderr if done.returncode else ""))
         verdict = "ok" if done.returncode == 0 else f"FAILED ({done.returncode})"
-        print(f"{name:<14}{time.perf_counter() - start:7.0f} s  {verdict}", flush=True)
+        print(f"{name:<16}{time.perf_counter() - start:7.0f} s  {verdict}", flush=True)
         worst = max(worst, abs(done.returncode))
     print(f"results in {folder}")
     return min(worst, 1)

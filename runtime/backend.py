@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfuse.errors import FxfuseError, UnsupportedModelError
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Weight
-from fxfuse.runtime import capture, inner, leaves, live_weights, trained_as_it_was
+from fxfuse.runtime import capture, cuda_graphs, inner, leaves, live_weights, trained_as_it_was
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.original import as_it_was
@@ -152,10 +152,13 @@ def _compiled(
             return verified(call, original, record, options.strict, session.report)
         return call
 
+    mode = options.mode
+    if not inner.needs_gradients(inputs):
+        mode = cuda_graphs.mode_for(mode, phase, inputs)
+    if mode != options.mode and phase == "decode":
+        session.report.note(cuda_graphs.NOT_RECORDED.format(options.mode))
     with beside:
-        run = rewriting.compiled(
-            lambda graph, values: inner.compile_graph(chosen_inner, options.mode, graph, values)
-        )
+        run = rewriting.compiled(lambda graph, values: inner.compile_graph(chosen_inner, mode, graph, values))
     position = {node: i for i, node in enumerate(capture.placeholders(graph_module))}
     call = _with_live_weights(
         run,

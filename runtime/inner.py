@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch.fx import GraphModule
 
-from fxfuse.runtime import warm_up
+from fxfuse.runtime import cuda_graphs, warm_up
 from fxfuse.runtime.options import Inner, Mode
 from fxfuse.runtime.outline import outlined, repeats
 
@@ -48,6 +48,8 @@ def compile_graph(
         return torch._dynamo.lookup_backend("aot_eager")(graph_module, list(inputs))
     if mode in (None, "default") and not needs_gradients(inputs) and repeats(graph_module):
         return outlined(graph_module, _inductor)
+    if mode in cuda_graphs.WITHOUT:
+        cuda_graphs.keep_addresses(graph_module)
     return _inductor(graph_module, inputs, mode)
 
 

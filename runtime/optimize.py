@@ -268,12 +268,16 @@ def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContex
     """
     tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
     tokens = args[0] if tokens is None and args else tokens
-    layers = getattr(kwargs.get("past_key_values"), "layers", ())
     is_prompt = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > 1
-    if not is_prompt or not any(type(layer).__name__ == "StaticLayer" for layer in layers):
+    if not is_prompt or not _static_layers(kwargs):
         return nullcontext()
     config: Any = torch.compiler.config
     return config.patch(dynamic_sources=r".*\.max_cache_len$")
+
+
+def _static_layers(kwargs: dict[str, Any]) -> list[Any]:
+    layers = getattr(kwargs.get("past_key_values"), "layers", ())
+    return [layer for layer in layers if type(layer).__name__ == "StaticLayer"]
 
 
 @contextmanager
@@ -295,6 +299,10 @@ def _varying(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         for tensor, before in marked:
             for name in filter(_is_mark, vars(tensor).keys() - before):
                 vars(tensor).pop(name, None)
+        for layer in _static_layers(kwargs):  # what a prompt of varying cache length has made says so itself
+            for tensor in (layer.keys, layer.values):
+                if isinstance(tensor, torch.Tensor):
+                    vars(tensor).pop("_dynamo_propagated_dynamic_indices", None)
 
 
 def _is_mark(attribute: str) -> bool:

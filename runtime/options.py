@@ -27,7 +27,8 @@ class Options:
             (`p.data.copy_()`, fused optimizers, numpy).
         inner: what compiles the rewritten graph.
         target: for which kind of device to lower; "auto" is the one that the inputs of the graph are on.
-        mode: a mode of torch.compile, for the inner backend inductor.
+        mode: a mode of torch.compile, for the inner backend inductor. Those that record CUDA graphs record a
+            decoded token whose sizes do not vary, as over a static cache; other graphs run by launches.
         strict: raise where the default leaves the original computation alone.
         round_beta: round the rate of Gated DeltaNet, β = sigmoid(b), to the dtype of b, as transformers' code
             does; kernels otherwise keep it in float32, with which the state drifts less. For "cuda" only.

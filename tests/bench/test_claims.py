@@ -155,12 +155,17 @@ def test_everything_that_all_runs_exists_and_takes_its_arguments(
     for device in ("cpu", "cuda"):
         for size in ("tiny", "0.8b"):
             options = every.parser().parse_args(["--device", device, "--size", size])
-            for name in every.NAMES:
+            chosen = every.runs(options)
+            assert {*chosen} - {*every.NAMES} == (
+                {*every.ON_CUDA} if (device, size) == ("cuda", "0.8b") else set()
+            )
+            for name, (script, own) in chosen.items():
                 given = every.arguments_of(name, options, Path("results"))
-                bench(name).parser().parse_args(given)
+                bench(script).parser().parse_args(given)
+                assert (given[len(given) - len(own) :] == own and f"results/{name}.json" in given) or not own
                 if "--compile-only" in given:
-                    monkeypatch.setattr(bench(name), "compile_all", lambda options: 0)
-                    assert bench(name).main(given) == 0
+                    monkeypatch.setattr(bench(script), "compile_all", lambda options: 0)
+                    assert bench(script).main(given) == 0
 
 
 def test_the_command_lists_what_all_runs_and_nothing_that_is_shared() -> None:
