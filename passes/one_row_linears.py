@@ -23,6 +23,12 @@ from fxfuse.patterns import ops
 
 RULE = "one_row_linears"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Why a row times this weight stays a product, None where it need not.
+Stays = Callable[[torch.Tensor], str | None]
+
+
+def none_stays(weight: torch.Tensor) -> str | None:
+    return None
 
 
 def has_one_row(linear: Node) -> bool:
@@ -66,7 +72,7 @@ def _replace(program: Program, linear: Node) -> None:
     graph.erase_node(linear)
 
 
-def run(program: Program, stays: Callable[[torch.Tensor], str | None] = lambda weight: None) -> Outcome:
+def run(program: Program, stays: Stays = none_stays) -> Outcome:
     """Rewrite every linear over one row on a CPU; linears over more rows are no candidates.
 
     `stays` says of a weight why its linear stays the product that it is; by default none does.

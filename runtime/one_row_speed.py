@@ -29,7 +29,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, statically_known_true
 from torch.utils._python_dispatch import _disable_current_modes
 
-from fxfuse.passes import one_row_linears, pipeline
+from fxfuse.passes import expert_rows, one_row_linears, pipeline
 from fxfuse.passes.pipeline import Pass, Passes
 from fxfuse.passes.program import Program
 from fxfuse.runtime import inner
@@ -38,11 +38,12 @@ log = logging.getLogger("fxfuse")
 
 WIDTH = 1024  # features of the linear that is timed
 WEIGHT = 2**24  # bytes of its weight
-COPIES = 16  # of the weight, read in turns: a cache has lost the first when the last was read
+COPIES = 8  # of the weight, read in turns: a cache has lost the first when the last was read
 SMALL = 2**20  # bytes of a weight that the caches may hold: it is rewritten without being asked for
 MARGIN = 1.1  # how many times as fast the product has to be, so that noise decides nothing
 PAIRS, SECONDS = 25, 0.25  # timed at most, but never fewer than
 FEWEST = 5
+ASKING = {each.RULE: each.run for each in (one_row_linears, expert_rows)}
 FIELDS = ("vendor_id", "cpu family", "model", "model name", "stepping", "flags")
 FIELDS_OF_ARM = ("CPU implementer", "CPU part", "CPU variant", "CPU revision", "Features")
 
@@ -77,31 +78,28 @@ _answers: dict[Case, Callable[[], Speeds | None]] = {}
 
 
 def asked_by(passes: Sequence[Pass], named: Passes, values: Iterable[Any]) -> tuple[Pass, ...]:
-    """The passes, of which `one_row_linears` asks here first, unless the user has named it.
+    """The passes, of which those of `ASKING` ask here first, unless the user has named them.
 
     Inductor writes at once what will be timed for the dtype of most parameters among the values, so that the
     C++ compiler works on it while the caller goes on.
     """
-    explicit = named != "default" and one_row_linears.RULE in ([named] if isinstance(named, str) else named)
-    if explicit or not any(map(_is_ours, passes)):
-        return tuple(passes)
+    by_name = [named] if isinstance(named, str) else named
+    asking = [each for each in passes if each.run is ASKING.get(each.name) and each.name not in by_name]
     sizes: Counter[torch.dtype] = Counter()
-    for value in values:
-        if isinstance(value, torch.nn.Parameter) and value.dim() == 2 and _may_ask(value):
+    for value in values if any(each.name == one_row_linears.RULE for each in asking) else ():
+        if isinstance(value, torch.nn.Parameter) and value.dim() in (2, 3) and _may_ask(value):
             sizes[value.dtype] += value.numel()
-    if sizes and not torch.is_grad_enabled():  # where gradients are on, no linear becomes a reduction
+    if sizes and not torch.is_grad_enabled():  # where gradients are on, no product becomes a reduction
         with _lock:
             _answer(Case.now(sizes.most_common(1)[0][0]))
-    asking = partial(one_row_linears.run, stays=why_a_product)
-    return tuple(replace(each, run=asking) if _is_ours(each) else each for each in passes)
-
-
-def _is_ours(each: Pass) -> bool:
-    return each.run is one_row_linears.run
+    return tuple(
+        replace(each, run=partial(ASKING[each.name], stays=why_a_product)) if each in asking else each
+        for each in passes
+    )
 
 
 def why_a_product(weight: torch.Tensor) -> str | None:
-    """Why the linear of this weight stays a product, None where it becomes a reduction.
+    """Why one row times this weight stays a product, None where it becomes a reduction.
 
     Measures where nothing is known of the dtype and the number of threads; so may take a second, once.
     """
@@ -180,7 +178,7 @@ def _both_forms(dtype: torch.dtype) -> tuple[list[GraphModule], list[torch.Tenso
         weight = torch.empty(_rows(dtype), WIDTH, dtype=dtype, device="cpu")
         graph = make_fx(lambda x, weight: F.linear(x, weight), pre_dispatch=True)(x, weight)
     program = Program(graph, {}, mode)
-    own = list(filter(_is_ours, pipeline.PASSES))
+    own = [each for each in pipeline.PASSES if each.run is one_row_linears.run]
     return [pipeline.apply(program, passes)[0].graph_module for passes in ([], own)], [x, weight]
 
 

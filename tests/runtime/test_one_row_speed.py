@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxfuse
@@ -82,6 +83,27 @@ def test_each_dtype_has_an_answer_of_its_own() -> None:
     outcome = asked(Both(), X)
     assert [m.where for m in outcome.misses] == ["both.0"]
     assert [m.where for m in outcome.matches] == ["both.1"]
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, 5, 8, dtype=torch.bfloat16))
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        return F.grouped_mm(x, self.weight.mT, offs=offsets)
+
+
+@pytest.mark.parametrize("speeds", [REDUCTION, PRODUCT])
+def test_experts_of_few_rows_ask_as_well(speeds: Speeds) -> None:
+    plant(speeds, torch.bfloat16)
+    rows, offsets = torch.ones(2, 8, dtype=torch.bfloat16), torch.tensor([1, 1, 2], dtype=torch.int32)
+    with torch.no_grad():
+        program = traced(Experts(), dict(Experts().named_parameters()), [rows, offsets], Options(), False)
+    passes = one_row_speed.asked_by(pipeline.selected("default", "inductor"), "default", ())
+    outcome = pipeline.apply(program, passes)[1]["expert_rows"]
+    assert (len(outcome.matches), len(outcome.misses)) == ((1, 0) if speeds is REDUCTION else (0, 1))
+    assert all(miss.chosen and "0.30 ms" in miss.reason for miss in outcome.misses)
 
 
 def never(*_: object, **__: object) -> Any:
