@@ -7,7 +7,7 @@ inputs are by their shapes; whether a reading is right is for `qk_norm_rope_gate
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import permutations, product
+from itertools import chain, permutations, product
 from typing import Any
 
 from torch import Tensor
@@ -180,12 +180,19 @@ def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
     """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
     found = list(dict.fromkeys(angles))
     while len(found) > 2:
-        parts = [n for n in found if n.target is operator.getitem or str(n.target) in readings_of.ON_ANGLES]
+        parts = {n: _call_of(n) for n in found if str(_call_of(n).target) in readings_of.ON_ANGLES}
         if not parts:
             break
-        region.update(parts)
-        found = list(dict.fromkeys(m for n in found for m in (n.all_input_nodes if n in parts else [n])))
+        region.update((*parts, *parts.values()))
+        read = ([m for m in parts[n].all_input_nodes if dims_of(m)] if n in parts else [n] for n in found)
+        found = list(dict.fromkeys(chain.from_iterable(read)))
     return found
+
+
+def _call_of(node: Node) -> Node:
+    """The call that gives a tensor, alone or among several: a list of tensors is no input of a region."""
+    source = node.args[0] if node.target is operator.getitem else node
+    return source if isinstance(source, Node) else node
 
 
 def readings(
@@ -198,8 +205,8 @@ def readings(
     """Every reading that the shapes allow; raises Refused where there is none."""
     heads, head_dim = found.query.meta["val"].shape[1::2]
     kv_heads = found.key.meta["val"].shape[1]
-    if not all(isinstance(n, int) for n in (heads, head_dim, kv_heads)):
-        raise Refused(found.query, "the number or size of its heads varies")
+    if not all(isinstance(n, int) and n > 0 for n in (heads, head_dim, kv_heads)):
+        raise Refused(found.query, "the number or size of its heads varies, or is 0")
     if len(weights) > 2 or len(angles) != 2:
         raise Refused(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"

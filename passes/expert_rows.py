@@ -14,8 +14,8 @@ from torch.fx import Node
 
 from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
-from fxfuse.passes.one_row_linears import DTYPES
-from fxfuse.passes.outcome import Match, Outcome
+from fxfuse.passes.one_row_linears import DTYPES, Stays, none_stays
+from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.storage_writes import StorageWrites
 from fxfuse.patterns import ops
@@ -80,8 +80,11 @@ def _replace(program: Program, grouped: Node, weight: Node) -> None:
     graph.erase_node(grouped)
 
 
-def run(program: Program) -> Outcome:
-    """Rewrite every grouped product of a few rows on a CPU; those of more rows are no candidates."""
+def run(program: Program, stays: Stays = none_stays) -> Outcome:
+    """Rewrite every grouped product of a few rows on a CPU; those of more rows are no candidates.
+
+    `stays` says of the experts' weights why their product stays one; by default none does.
+    """
     outcome = Outcome()
     mode, writes = modes(program.graph, program.grad_enabled), StorageWrites(program.graph)
     for grouped in program.calls(*GROUPED):
@@ -89,6 +92,10 @@ def run(program: Program) -> Outcome:
         if mode[grouped] != PLAIN or not _suits(grouped, weight):
             continue
         where = module_path(grouped) or grouped.name
+        why = stays(weight.meta["val"])
+        if why is not None:
+            outcome.misses.append(Miss(RULE, where, grouped.name, why, chosen=True))
+            continue
         rows, experts = (n.meta["val"].shape[0] for n in (grouped.args[0], weight))  # type: ignore[union-attr]
         _replace(program, grouped, weight)
         outcome.matches.append(Match(RULE, where, (), f"{rows} rows of {experts} experts → reduction"))

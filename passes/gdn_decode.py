@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import permutations, product
+from math import prod
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._pytree import tree_leaves
 
+from fxfuse.errors import ShapeError
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
@@ -65,7 +67,7 @@ class Sizes:
         (_, channels, _), (_, heads, dk, dv) = (n.meta["val"].shape for n in (conv_state, state))
         if not all(isinstance(n, int) for n in (channels, heads, dk, dv)):
             raise Refused(state, "sizes of its states vary")
-        key_heads, rest = divmod(channels - heads * dv, 2 * dk)
+        key_heads, rest = divmod(channels - heads * dv, 2 * dk) if dk else (0, 0)
         if rest or key_heads < 1 or heads % key_heads:
             raise Refused(
                 conv_state, f"{channels} channels are not the queries, keys and values of {heads} heads"
@@ -198,6 +200,9 @@ def _operator_on(found: Candidate, reading: Reading, shape: Sequence[int]) -> An
             values[found.state],
             reading.eps,
         )
+        elements = prod(shape[1:])
+        if elements < 1 or out.numel() % elements:
+            raise ShapeError(f"{found.result.name} {list(shape)} is no view of the result {tuple(out.shape)}")
         return [out.reshape(-1, *shape[1:])]
 
     return run

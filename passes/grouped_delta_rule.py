@@ -31,7 +31,7 @@ def _repeat(judge: Judge, node: object) -> tuple[Node, int, list[Node]] | None:
     while str(source.target) in readings.REPEATS | ops.LAYOUT and isinstance(source.args[0], Node):
         source = source.args[0]
         few = source.meta["val"].shape[2] if source.meta["val"].dim() == 4 else heads
-        if not isinstance(few, int) or not isinstance(heads, int) or few >= heads or heads % few:
+        if not isinstance(few, int) or not isinstance(heads, int) or not 0 < few < heads or heads % few:
             continue
         region, times = behind([node], {source}), heads // few
 

@@ -44,7 +44,7 @@ def _sources(node: Node, heads: int) -> Iterator[tuple[Node, int]]:
     while (str(node.target) in readings.REPEATS or is_idle_view(node)) and isinstance(node.args[0], Node):
         node = node.args[0]
         shape = node.meta["val"].shape
-        if len(shape) == 4 and isinstance(shape[1], int) and shape[1] < heads and heads % shape[1] == 0:
+        if len(shape) == 4 and isinstance(shape[1], int) and 0 < shape[1] < heads and heads % shape[1] == 0:
             yield node, heads // shape[1]
 
 

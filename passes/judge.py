@@ -210,6 +210,8 @@ def _drawn(
         if constant is not None:
             values[node] = constant
             continue
+        if isinstance(value, (list, tuple)):
+            raise Refused(node, f"{node.name} is several tensors: which of them share memory is not known")
         if not isinstance(value, Tensor):
             values[node] = _concrete(value, sizes, primes)
             continue

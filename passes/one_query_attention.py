@@ -40,6 +40,8 @@ def has_one_query(attention: Node) -> bool:
         return False
     if not q.dim() == k.dim() == v.dim() == 4 or not statically_known_true(q.shape[2] == 1):
         return False
+    if any(statically_known_true(size == 0) for size in (*q.shape, *k.shape, *v.shape)):
+        return False
     width = q.shape[3] if attention.kwargs.get("scale") is None else 1
     sizes = (q.shape[1], k.shape[1], v.shape[1], width)
     if not all(isinstance(size, int) for size in sizes) or k.shape[1] != v.shape[1]:

@@ -7,7 +7,7 @@ The row is written out once: Inductor would compute it anew for every row of W, 
 twice as long.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from functools import partial
 
 import torch
@@ -16,13 +16,19 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
-from fxfuse.passes.outcome import Match, Outcome
+from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.same_input_linears import bias_of, weight_of
 from fxfuse.patterns import ops
 
 RULE = "one_row_linears"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# Why a row times this weight stays a product, None where it need not.
+Stays = Callable[[torch.Tensor], str | None]
+
+
+def none_stays(weight: torch.Tensor) -> str | None:
+    return None
 
 
 def has_one_row(linear: Node) -> bool:
@@ -66,8 +72,11 @@ def _replace(program: Program, linear: Node) -> None:
     graph.erase_node(linear)
 
 
-def run(program: Program) -> Outcome:
-    """Rewrite every linear over one row on a CPU; linears over more rows are no candidates."""
+def run(program: Program, stays: Stays = none_stays) -> Outcome:
+    """Rewrite every linear over one row on a CPU; linears over more rows are no candidates.
+
+    `stays` says of a weight why its linear stays the product that it is; by default none does.
+    """
     outcome = Outcome()
     mode = modes(program.graph, program.grad_enabled)
     # All of them before the first is replaced: one that feeds another leaves no value behind to ask for.
@@ -80,7 +89,11 @@ def run(program: Program) -> Outcome:
         weight = weight_of(linear)
         name = program.name_of(weight)
         members = program.members_of(weight) if name else ()
-        _replace(program, linear)
         where = name or module_path(linear) or linear.name
+        why = stays(weight.meta["val"])
+        if why is not None:
+            outcome.misses.append(Miss(RULE, where, linear.name, why, chosen=True))
+            continue
+        _replace(program, linear)
         outcome.matches.append(Match(RULE, where, members, "1 linear → 1 reduction"))
     return outcome

@@ -85,7 +85,7 @@ def _is_state(node: Node) -> bool:
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.dim() != 4 or not value.is_floating_point():
         return False
-    return all(isinstance(size, int) for size in value.shape[1:])
+    return all(isinstance(size, int) and size > 0 for size in value.shape[1:])
 
 
 def _stripped(node: Node) -> Node:
@@ -108,8 +108,10 @@ def _is_per_head(node: Node, batch: Any, heads: int, width: int | None) -> bool:
         if one is None:
             return False
         shape.pop(one)
-    own = len(shape) == 2 and isinstance(shape[1], int) and statically_known_true(shape[0] == batch)
-    return own and (heads % shape[1] == 0 if width is not None else shape[1] == heads)
+    own = len(shape) == 2 and type(shape[1]) is int and statically_known_true(shape[0] == batch)
+    if not own or not shape[1]:
+        return False
+    return heads % shape[1] == 0 if width is not None else bool(shape[1] == heads)
 
 
 def _is_flat(node: Node, batch: Any, width: int) -> bool:

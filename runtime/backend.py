@@ -20,7 +20,15 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from fxfuse.errors import FxfuseError, UnsupportedModelError
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Weight
-from fxfuse.runtime import capture, cuda_graphs, inner, leaves, live_weights, trained_as_it_was
+from fxfuse.runtime import (
+    capture,
+    cuda_graphs,
+    inner,
+    leaves,
+    live_weights,
+    one_row_speed,
+    trained_as_it_was,
+)
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.original import as_it_was
@@ -102,7 +110,10 @@ def _compiled(
     if why is not None and session.report.note(why):
         log.warning(why)
     target = options.target_for(inputs)
+    on_cpu = target == "cpu" and chosen_inner == "inductor"
     passes = pipeline.selected(options.passes, chosen_inner, target)
+    if on_cpu and not session.dry_run:
+        passes = one_row_speed.asked_by(passes, options.passes, inputs)
     weights = _weights(graph_module, inputs, session)
     try:
         rewriting = Rewriting(
@@ -135,7 +146,6 @@ def _compiled(
         )
         session.report.graphs.append(record)
         return original
-    on_cpu = target == "cpu" and chosen_inner == "inductor"
     beside = inner.kernels_compiled_beside() if on_cpu else nullcontext()
     if not any(outcome.matches for outcome in outcomes.values()):
         trains = chosen_inner == "inductor" and inner.needs_gradients(inputs)
@@ -363,14 +373,14 @@ def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]
 
 
 def _raise_on_miss(record: GraphRecord) -> None:
-    misses = [m for outcome in record.outcomes.values() for m in outcome.misses]
+    misses = [m for outcome in record.outcomes.values() for m in outcome.misses if not m.chosen]
     if misses:
         m = misses[0]
         raise UnsupportedModelError(
             f"{m.where or m.node}: {m.reason} ({len(misses)} left alone in a {record.phase} graph; "
             "strict=False leaves them as they are)"
         )
-    if not any(outcome.matches for outcome in record.outcomes.values()):
+    if not any(outcome.candidates for outcome in record.outcomes.values()):
         raise UnsupportedModelError(
             f"nothing to rewrite in a {record.phase} graph of {record.nodes_before} nodes; strict=False "
             "leaves it as it is"

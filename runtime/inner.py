@@ -2,7 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, cast
 
 import torch
@@ -11,6 +11,8 @@ from torch.fx import GraphModule
 from fxfuse.runtime import cuda_graphs, warm_up
 from fxfuse.runtime.options import Inner, Mode
 from fxfuse.runtime.outline import outlined, repeats
+
+Waiting = list[tuple[Any, dict[str, Any]]]  # what compiles, and the scope of the code that calls it
 
 _waiting_is_ours = threading.RLock()
 
@@ -58,16 +60,45 @@ def needs_gradients(inputs: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs)
 
 
+def begun(graph_module: GraphModule, inputs: Sequence[Any]) -> Callable[[], Callable[..., Any]]:
+    """Inductor's code for a graph, while the C++ compiler goes on working on its kernels.
+
+    What it returns waits for them and gives the callable, or raises what compiling a kernel raises.
+    """
+    waiting: Waiting = []
+    with _put_off(waiting):
+        call = _inductor(graph_module, inputs)
+
+    def finished() -> Callable[..., Any]:
+        _wait_for(waiting)
+        return call
+
+    return finished
+
+
 @contextmanager
 def kernels_compiled_beside() -> Iterator[None]:
     """Within it the C++ compiler works on one piece of a graph while Inductor writes the next.
 
-    Inductor waits for the kernels of each graph as it loads the code that calls them; what it waits for here,
-    in this thread, is waited for once at the end. Raises what compiling a kernel raises.
+    All kernels are waited for once, at the end. Raises what compiling a kernel raises.
     """
+    waiting: Waiting = []
+    try:
+        with _put_off(waiting):
+            yield
+    except BaseException:
+        with suppress(Exception):
+            _wait_for(waiting)
+        raise
+    _wait_for(waiting)
+
+
+@contextmanager
+def _put_off(waiting: Waiting) -> Iterator[None]:
+    """What Inductor waits for in this thread, as it loads the code that calls kernels, is put on the list."""
     from torch._inductor.async_compile import AsyncCompile
 
-    own, waiting = threading.get_ident(), []
+    own = threading.get_ident()
 
     def wait(compiler: AsyncCompile, scope: dict[str, Any]) -> None:
         if threading.get_ident() == own:
@@ -82,23 +113,22 @@ def kernels_compiled_beside() -> Iterator[None]:
             yield
         finally:
             AsyncCompile.wait = at_once  # type: ignore[method-assign]
-            failures = [error for each in waiting if (error := _failure(*each)) is not None]
-        if failures:
-            raise failures[0]
 
 
-def _failure(compiler: Any, scope: dict[str, Any]) -> Exception | None:
-    """Wait for the kernels of some loaded code; where one does not compile, nobody loads that code again."""
+def _wait_for(waiting: Waiting) -> None:
+    """Wait for the kernels of loaded code; where one does not compile, nobody loads that code again."""
     from torch._inductor.codecache import PyCodeCache
 
-    try:
-        compiler.wait(scope)
-    except Exception as error:
-        kept = PyCodeCache.modules_no_attr
-        for path in [path for path, module in kept.items() if vars(module) is scope]:
-            del kept[path]
-        return error
-    return None
+    failures, kept = [], PyCodeCache.modules_no_attr
+    for compiler, scope in waiting:
+        try:
+            compiler.wait(scope)
+        except Exception as error:
+            failures.append(error)
+            for path in [path for path, module in kept.items() if vars(module) is scope]:
+                del kept[path]
+    if failures:
+        raise failures[0]
 
 
 def _inductor(

@@ -22,6 +22,7 @@ class Options:
 
     Attributes:
         passes: "default", or names of passes (one may be "default") and passes of your own, which run last.
+            `one_row_linears` and `expert_rows` rewrite what is faster so on this machine, and all when named.
         weights: "auto" lays parameters out in shared memory and never copies; "copy" also folds permutations
             of rows into a copy of the weight, which does not see writes that leave no trace on the parameter
             (`p.data.copy_()`, fused optimizers, numpy).

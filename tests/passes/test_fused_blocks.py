@@ -87,7 +87,8 @@ class Step(nn.Module):
         if self.change == "another norm behind":
             return F.linear((F.layer_norm(y, (DV,)) * z).reshape(batch, 1, HV * DV), self.out)
         y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + EPS) * self.norm * F.silu(z)
-        out = F.linear(y.reshape(batch, 1, HV * DV), self.out)
+        row = y.reshape(batch, 1, HV * DV)
+        out = F.linear(row[:, :0] if self.change == "nothing of the result is read" else row, self.out)
         read = self.change in ("an intermediate is read", "the state is read in between")
         return (out, seen) if read else out
 
@@ -137,6 +138,7 @@ CHANGES = {
     "half the precision inside": "float16",
     "the state is read in between": "while it is being written",
     "the state is written again": "random values",
+    "nothing of the result is read": "is no view of the result",
 }
 
 

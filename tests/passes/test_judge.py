@@ -12,6 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fxfuse import Rewritten, rewrite
 from fxfuse.passes.judge import Judge
+from fxfuse.passes.regions import Refused
 
 # Each leaves values near zero as they are.
 LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -127,6 +128,40 @@ def test_a_limit_that_one_side_shows_is_tried_on_the_other(limit: Callable[[Tens
     (x,) = graph.find_nodes(op="placeholder")
     region = [node for node in graph.nodes if node.op == "call_function"]
     assert not Judge().equal(region, region[-1:], lambda values: [F.softplus(values[x])], "softplus")
+
+
+@pytest.mark.parametrize("table", ["query", "key"])
+def test_angles_that_are_parts_of_one_tensor_are_read_as_that_tensor(table: str) -> None:
+    """A list of tensors has no shape, and its tensors are no values to run a region on."""
+
+    class TwoTables(Attention):
+        def forward(self, x: Tensor, table_: Tensor, other: Tensor) -> Tensor:
+            def turned(x: Tensor, heads: int, cos: Tensor, sin: Tensor) -> Tensor:
+                x = x.unflatten(-1, (heads, 8)).transpose(1, 2)
+                a, b = x.chunk(2, -1)
+                return x * cos[:, None] + torch.cat([-b, a], -1) * sin[:, None]
+
+            parts, alike = table_.chunk(2, -1), (other, other)
+            q = turned(self.q(x), 4, *(parts if table == "query" else alike))
+            k = turned(self.k(x), 2, *(alike if table == "query" else parts))
+            v = self.v(x).unflatten(-1, (2, 8)).transpose(1, 2)
+            k, v = k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+    inputs = [torch.randn(2, 5, 32), torch.randn(2, 5, 16), torch.randn(2, 5, 8)]
+    report = rewrite(TwoTables(same), inputs, passes="qk_norm_rope_gate").report
+    assert not report.matched and not [m.reason for m in report.misses if "undone" in m.reason]
+
+
+def test_a_region_that_reads_several_tensors_at_once_is_refused() -> None:
+    graph = make_fx(lambda x: x.unbind(0)[0] * 2)(torch.randn(2, 3)).graph
+    with FakeTensorMode() as mode:
+        value = mode.from_tensor(torch.empty(3))
+    for node in graph.nodes:
+        node.meta["val"] = [value, value] if "unbind" in node.name else value
+    region = [node for node in graph.nodes if node.op == "call_function"][1:]
+    with pytest.raises(Refused, match="is several tensors"):
+        Judge().equal(region, region[-1:], lambda values: [torch.zeros(3)], "nothing")
 
 
 def test_without_a_limit_both_match() -> None:
