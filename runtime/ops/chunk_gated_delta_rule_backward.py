@@ -16,83 +16,30 @@ from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.gated_delta_rule import (
     CHUNK,
-    L2_EPSILON,
     LEAST_LOG_DECAY,
+    Factors,
     Given,
     check,
+    factors,
     initial,
+    inverse,
+    keys_over_queries,
     parts,
 )
 from fxfuse.runtime.ops.listed_once import operator
 
-
-def _l2_normalised(x: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
+LEAST_RATE = 1e-20  # stands for rates of zero, for gradients are divided by it
 
 
 def _by_chunk(x: Tensor, heads: int, size: int) -> Tensor:
-    """[B, T, h, ...] in any float dtype as [B, heads, N, size, ...] in fp32.
+    """[B, T, h, ...] as [N, B, heads, size, ...], in its dtype.
 
     Each head is repeated heads / h times, and zeros are appended where T is no multiple of the size.
     """
-    x = x.transpose(1, 2).to(torch.float32)
-    x = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
-    missing = -x.shape[2] % size
-    if not isinstance(missing, int) or missing:
-        x = F.pad(x, [*[0] * (2 * (x.dim() - 3)), 0, missing])
-    return x.unflatten(2, (-1, size))
-
-
-class _Pieces(NamedTuple):
-    """Tokens by chunk, in fp32: what the rule is computed from.
-
-    Attributes:
-        q, k: [B, HV, N, size, dk], normalised where asked for, q scaled; v: [B, HV, N, size, dv].
-        decay: [B, HV, N, size], its logarithm since the chunk's beginning; rate: [B, HV, N, size, 1].
-        between: [B, HV, N, size, size], the decay from each token to a later one, zero to an earlier one.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    decay: Tensor
-    rate: Tensor
-    between: Tensor
-
-
-def _pieces(
-    query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, normalise: bool, size: int
-) -> _Pieces:
-    """The tokens in chunks of `size`; arguments as in `Given`."""
-    heads, dk = value.shape[2], key.shape[-1]
-    if normalise:
-        query, key = _l2_normalised(query.float()), _l2_normalised(key.float())
-    q, k, v, decay, rate = (_by_chunk(x, heads, size) for x in (query, key, value, g, beta))
-    q = q * dk**-0.5
-    decay = decay.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
-    causal = torch.ones(size, size, dtype=torch.bool, device=q.device).tril()
-    between = (decay.unsqueeze(-1) - decay.unsqueeze(-2)).masked_fill(~causal, float("-inf")).exp()
-    return _Pieces(q, k, v, decay, rate.unsqueeze(-1), between)
-
-
-def _prepared(of: _Pieces) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """What each chunk needs of its own tokens alone.
-
-    Returns, in fp32 and for N chunks: queries with the decay since the chunk's beginning and keys with that
-    until its end, both [B, HV, N, size, dk]; the solved system [u | w] [B, HV, N, size, dv + dk]; the
-    attention inside the chunk [B, HV, N, size, size]; the decay over the whole chunk [B, HV, N].
-    """
-    q, k, v, decay, rate, between = of
-    grown = decay.exp().unsqueeze(-1)
-
-    # (I + A) [u | w] = β [v | exp(γ) k]; the diagonal of the left side is taken as one by the solver, which
-    # is given the transposed system: so it need not turn what lies in memory row by row.
-    system = rate * k @ k.mT * between
-    right = torch.cat([rate * v, rate * grown * k], dim=-1)
-    solved = torch.linalg.solve_triangular(system.mT, right.mT, upper=True, left=False, unitriangular=True).mT
-    attention = q @ k.mT * between
-    until = (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    return q * grown, k * until, solved, attention, decay[..., -1].exp()
+    missing = -x.shape[1] % size
+    x = F.pad(x, [*[0] * (2 * (x.dim() - 2)), 0, missing]) if missing else x
+    x = x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
+    return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
 class Cotangents(NamedTuple):
@@ -128,79 +75,115 @@ def gradients(cotangents: Cotangents, given: Given) -> list[Tensor]:
     return found
 
 
+class _Chunks(NamedTuple):
+    """N chunks of n tokens, b value heads of all sequences, in fp32; the rule itself: `gated_delta_rule`.
+
+    Attributes:
+        pairs: [N, b, 2n, dk], keys over queries; value: [N, b, n, dv].
+        by: their factors.
+        solved, inside: [N, b, n, n], the inverted system and the attention inside of a chunk.
+    """
+
+    pairs: Tensor
+    value: Tensor
+    by: Factors
+    solved: Tensor
+    inside: Tensor
+
+
+def _chunks(given: Given, beta: Tensor) -> _Chunks:
+    length, heads = given.value.shape[1:3]
+    size = min(CHUNK, length)
+    query, key, value, g, rate = (_by_chunk(x, heads, size) for x in (*given[:4], beta))
+    pairs = keys_over_queries(key, query).flatten(1, 2)
+    value, g, rate = (x.to(torch.float32).flatten(1, 2) for x in (value, g, rate))
+    by = factors(pairs, g, rate, given.normalise)
+    products = pairs @ pairs[..., :size, :].mT * by.pairs
+    system, inside = products[..., :size, :], products[..., size:, :]
+    return _Chunks(pairs, value, by, inverse(system.flatten(0, 1)).unflatten(0, (len(pairs), -1)), inside)
+
+
+def _carried(of: _Chunks, above: Tensor, d_errors: Tensor, states: Tensor, d_states: Tensor) -> Tensor:
+    """Errors [N, b, n, dv] of chunks that have states, and what there is to know of these.
+
+    Args:
+        above: [N, b, 2n, dv], gradients of what keys and queries read: those of queries are given, those of
+            keys are written.
+        d_errors: [N, b, n, dv], gradients of the errors by way of each chunk's own output; written to.
+        states, d_states: [N + 1, b, dk, dv], before and after each chunk: the first and the last are given.
+    """
+    size = of.value.shape[2]
+    kept, reading = of.pairs[..., :size, :] * of.by.keeping, of.pairs * of.by.reading
+    errors = torch.empty_like(d_errors)
+    for n, over in enumerate(of.by.over):
+        missing = torch.baddbmm(of.value[n], reading[n, :, :size], states[n], alpha=-1)
+        torch.bmm(of.solved[n], missing, out=errors[n])
+        torch.mul(over, states[n], out=states[n + 1]).baddbmm_(kept[n].mT, errors[n])
+    for n in reversed(range(len(errors))):
+        d_errors[n].baddbmm_(kept[n], d_states[n + 1])
+        above[n, :, :size] = -(of.solved[n].mT @ d_errors[n])
+        torch.mul(of.by.over[n], d_states[n + 1], out=d_states[n]).baddbmm_(reading[n].mT, above[n])
+    return errors
+
+
 def _of_sequences(grad_out: Tensor | None, grad_state: Tensor | None, given: Given) -> list[Tensor]:
     """Gradients of all six in float32, of sequences side by side."""
-    length, heads = given.value.shape[1:3]
+    batch, length, heads, dv = given.value.shape
     key_heads = given.key.shape[2]
     state = initial(given.query, given.value, given.initial_state)
     d_state = torch.zeros_like(state) if grad_state is None else grad_state.to(torch.float32)
     if length == 0:
         return [*(x.new_zeros(x.shape) for x in given[:5]), d_state]
-    size = min(CHUNK, length)
-    of = _pieces(*given[:5], given.normalise, size)
-    q, k, v, decay, rate, between = of
-    q_grown, k_left, solved, attention, last = _prepared(of)
-    last = last[..., None, None]
-    w = solved[..., v.shape[-1] :]
-    d_out = torch.zeros_like(v) if grad_out is None else _by_chunk(grad_out, heads, size)
+    beta = given.beta.to(torch.float32)
+    beta = torch.where(beta.abs() < LEAST_RATE, LEAST_RATE, beta)
+    of = _chunks(given, beta)
+    pairs, by = of.pairs, of.by
+    size = of.value.shape[2]
+    keys = pairs[..., :size, :]
 
-    before, corrected = [], []  # the state each chunk begins with, and the values it adds to that
-    for n in range(q.shape[2]):
-        before.append(state)
-        corrected.append(solved[:, :, n, :, : v.shape[-1]] - w[:, :, n] @ state)
-        state = last[:, :, n] * state + k_left[:, :, n].mT @ corrected[n]
-    after, d_corrected = [], []
-    for n in reversed(range(q.shape[2])):
-        after.append(d_state)
-        d_corrected.append(attention[:, :, n].mT @ d_out[:, :, n] + k_left[:, :, n] @ d_state)
-        d_state = (
-            q_grown[:, :, n].mT @ d_out[:, :, n] + last[:, :, n] * d_state - w[:, :, n].mT @ d_corrected[-1]
-        )
-    states, added = torch.stack(before, 2), torch.stack(corrected, 2)
-    d_after, d_added = torch.stack(after[::-1], 2), torch.stack(d_corrected[::-1], 2)
-    d_q_grown, d_k_left = d_out @ states.mT, added @ d_after.mT
-    d_attention = d_out @ added.mT
-    d_last = (d_after * states).sum((-2, -1))
+    above = of.value.new_zeros(*of.value.shape[:2], 2 * size, dv)
+    if grad_out is not None:
+        above[..., size:, :].unflatten(1, (batch, heads)).copy_(_by_chunk(grad_out, heads, size))
+    d_errors = of.inside.mT @ above[..., size:, :]
+    carried = len(pairs) > 1 or given.initial_state is not None or grad_state is not None
+    if carried:
+        states = of.value.new_empty(len(pairs) + 1, batch * heads, *state.shape[2:])
+        d_states = torch.empty_like(states)
+        states[0], d_states[-1] = state.flatten(0, 1), d_state.flatten(0, 1)
+        errors = _carried(of, above, d_errors, states, d_states)
+        d_state = d_states[0].unflatten(0, (batch, heads))
+    else:
+        errors = of.solved @ of.value
+        above[..., :size, :] = -(of.solved.mT @ d_errors)
 
-    # Of (I + A) X = R:  dR = (I + A)⁻ᵀ dX  and  dA = −dR Xᵀ, A strictly lower triangular.
-    grown, until = decay.exp().unsqueeze(-1), (decay[..., -1:] - decay).exp().unsqueeze(-1)
-    weighted = rate * k
-    system = (weighted @ k.mT * between).tril(-1)
-    d_solved = torch.cat([d_added, -d_added @ states.mT], dim=-1)
-    d_right = torch.linalg.solve_triangular(system.mT, d_solved, upper=True, unitriangular=True)
-    d_system = -(d_right @ solved.mT).tril(-1)
-    d_values, d_keys = d_right.split([v.shape[-1], k.shape[-1]], dim=-1)
-
-    d_pairs, d_scores = d_system * between, d_attention * between
-    d_weighted = d_pairs @ k + grown * d_keys
-    d_q = d_scores @ k + d_q_grown * grown
-    d_k = d_pairs.mT @ weighted + d_scores.mT @ q + d_k_left * until + rate * d_weighted
-    d_rate = (d_values * v).sum(-1) + (d_weighted * k).sum(-1)
-    # A factor exp(x) hands x its own value times its gradient.
-    d_between = d_system * system + d_attention * attention
-    d_until = (d_k_left * k_left).sum(-1)
-    d_decay = d_between.sum(-1) - d_between.sum(-2) - d_until
-    d_decay += (d_q_grown * q_grown).sum(-1) + (d_keys * weighted * grown).sum(-1)
-    d_decay[..., -1] += d_until.sum(-1) + d_last * last[..., 0, 0]
+    # Of (I + A) e = m:  dm = (I + A)⁻ᵀ de  and  dA = −dm eᵀ, A strictly lower triangular.
+    d_products = (above @ errors.mT).mul_(by.pairs)
+    d_products[..., :size, :].diagonal(dim1=-2, dim2=-1).zero_()
+    d_pairs, d_keys = d_products @ keys, d_products.mT @ pairs
+    if carried:
+        d_pairs += above @ states[:-1].mT * by.reading
+        d_keys += errors @ d_states[1:].mT * by.keeping
+    # Rates, norms and exp(decay) are factors: their gradients, times them, are sums of products' own.
+    of_rows, of_columns = torch.linalg.vecdot(d_pairs, pairs), torch.linalg.vecdot(d_keys, keys)
+    d_decay = of_rows[..., :size] + of_rows[..., size:] - of_columns
+    if carried:
+        d_decay[..., -1] += (states[1:] * d_states[1:]).sum((-2, -1))
     d_g = d_decay.flip(-1).cumsum(-1).flip(-1)
-
-    d_q, d_k, d_v, d_g, d_rate = (
-        x.flatten(2, 3)[:, :, :length].transpose(1, 2) for x in (d_q, d_k, rate * d_values, d_g, d_rate)
-    )
-    d_query, d_key = (
-        x.unflatten(2, (key_heads, heads // key_heads)).sum(3) for x in (d_q * k.shape[-1] ** -0.5, d_k)
-    )
+    d_pairs[..., :size, :] += d_keys
     if given.normalise:
-        d_query, d_key = _before_norm(given.query, d_query), _before_norm(given.key, d_key)
-    return [d_query, d_key, d_v, d_g.where(given.g >= LEAST_LOG_DECAY, 0.0), d_rate, d_state]
+        of_rows[..., :size] += of_columns
+        d_pairs.addcmul_(pairs, (by.norms.square() * of_rows).unsqueeze(-1), value=-1)
 
+    def tokens(x: Tensor) -> Tensor:
+        """[N, b, n, ...] as [B, T, HV, ...]."""
+        return x.unflatten(1, (batch, heads)).movedim(2, 3).movedim(0, 1).flatten(1, 2)[:, :length]
 
-def _before_norm(x: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of x, from that of x / sqrt(Σx² + ε)."""
-    x = x.to(torch.float32)
-    inverse = torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON)
-    normed = x * inverse
-    return inverse * (gradient - normed * (normed * gradient).sum(-1, keepdim=True))
+    d_key, d_query = (
+        tokens(x).unflatten(2, (key_heads, -1)).sum(3)
+        for x in (d_pairs[..., :size, :], d_pairs[..., size:, :])
+    )
+    d_g = tokens(d_g).where(given.g >= LEAST_LOG_DECAY, 0.0)
+    return [d_query, d_key, tokens(-above[..., :size, :]), d_g, tokens(of_columns) / beta, d_state]
 
 
 def _run(cotangents: Cotangents, given: Given) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -37,6 +37,7 @@ CONVS = PASSES + "test_depthwise_convs.py"
 EXPERTS = PASSES + "test_expert_rows.py"
 ONE_QUERY = PASSES + "test_one_query_attention.py"
 RULE = "tests/runtime/ops/test_gated_delta_rule.py"
+GRADIENTS = "tests/runtime/ops/test_chunk_gated_delta_rule_backward.py"
 OUTLINE = "tests/runtime/test_outline.py"
 SPEED = "tests/runtime/test_one_row_speed.py"
 PLAN = WEIGHTS + "/test_plan.py " + WEIGHTS + "/test_blocks.py"
@@ -124,8 +125,8 @@ FAULTS = (
     Fault("passes/one_query_attention.py", "row, scores, -math.inf", "row, scores, 0.0", ONE_QUERY),
     Fault("passes/one_query_attention.py", "if scale != 1:", "if False:", ONE_QUERY),
     Fault("passes/one_query_attention.py", "mode[attention] != PLAIN or", "False or", ONE_QUERY),
-    Fault("runtime/ops/gated_delta_rule.py", ".triu(1)", ".triu(0)", RULE),
-    Fault("runtime/ops/gated_delta_rule.py", " * heads(rate)\n", "\n", RULE),
+    Fault("runtime/ops/gated_delta_rule.py", ".triu_(1)", ".triu_(0)", RULE),
+    Fault("runtime/ops/gated_delta_rule.py", "norms[..., :size] * beta", "norms[..., :size]", RULE),
     Fault("runtime/outline.py", " and storage_of(node) == storage_of(node.all_input_nodes[0])", "", OUTLINE),
     Fault("runtime/outline.py", "{value.stride()} {value.storage_offset()} \"", "{value.storage_offset()} \"", OUTLINE),
     Fault("runtime/outline.py", " {node.target} {own} {args}\")", " {node.target} {own}\")", OUTLINE),
@@ -159,6 +160,9 @@ FAULTS = (
     Fault("runtime/one_row_speed.py", "            whole.replace(path)\n", "", SPEED),
     Fault("runtime/backend.py", "if on_cpu and not session.dry_run:", "if on_cpu:", SPEED),
     Fault("runtime/backend.py", "for m in outcome.misses if not m.chosen]", "for m in outcome.misses]", SPEED),
+    Fault("runtime/ops/gated_delta_rule.py", "-(second @ ", "(second @ ", RULE),
+    Fault("runtime/ops/chunk_gated_delta_rule_backward.py", ".diagonal(dim1=-2, dim2=-1).zero_()", "", GRADIENTS),
+    Fault("runtime/ops/chunk_gated_delta_rule_backward.py", "beta.abs() < LEAST_RATE", "beta.abs() < 0", GRADIENTS),
 )  # fmt: skip
 
 
