@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from functools import reduce
 from itertools import pairwise
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +181,10 @@ def run(asked: Result, minutes: float, resume: bool = False) -> None:
             result = replace(earlier, asked=asked.asked)
     counted, before = SUITES[result.suite](result.tally), result.seconds
     started = written = time.monotonic()
+    parent = parent_process()  # a share whose run was stopped ends, and leaves its file to the next
     while result.done < result.asked and time.monotonic() < started + minutes * 60:
+        if parent is not None and not parent.is_alive():
+            return
         counted.step(result.first, result.start + result.done)
         result.done += 1
         last = result.done == result.asked or time.monotonic() > started + minutes * 60
