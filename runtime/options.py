@@ -30,7 +30,7 @@ class Options:
         target: for which kind of device to lower; "auto" is the one that the inputs of the graph are on.
         mode: a mode of torch.compile, for the inner backend inductor. Those that record CUDA graphs record a
             decoded token whose sizes do not vary, as over a static cache; other graphs run by launches.
-        strict: raise where the default leaves the original computation alone.
+        strict: raise where the default leaves the original computation alone, unless it is faster so here.
         round_beta: round the rate of Gated DeltaNet, β = sigmoid(b), to the dtype of b, as transformers' code
             does; kernels otherwise keep it in float32, with which the state drifts less. For "cuda" only.
         verify: run the original graph once beside each compiled one and compare.
