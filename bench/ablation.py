@@ -1,8 +1,8 @@
 """What each pass adds: time per token and per prompt with all passes, and with all but one.
 
 Ours without a pass is the baseline of ours with all of them, so that each ratio is what that pass is worth
-where the others are there. `no passes` is the same path with nothing rewritten. Passes that find nothing in the
-model are not left out: what came out would be noise.
+where the others are there. `no passes` is the same path with nothing rewritten. There is no case for a pass that
+finds nothing in the model: what came out would be noise.
 """
 
 import argparse
@@ -27,7 +27,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     names = [each.name for each in selected("default", options.inner, target) if each.name in matching]
     call = Call(prompt(eager, options.batch, 16), options.tokens, "StaticCache")
     ids = prompt(eager, options.batch, options.prompt)
-    for left_out in [names, *([name] for name in names if options.only is None or name in options.only)]:
+    one_by_one = names if options.only is None else [name for name in names if name in options.only]
+    for left_out in [names, *([name] for name in one_by_one if names != [name])]:
         kept = [name for name in names if name not in left_out]
         label = f"without {left_out[0]}" if kept else "no passes"
         compared = [reference, optimized(options, eager, label, kept, matching=False), ours]
