@@ -1,8 +1,8 @@
 """What each pass adds: time per token and per prompt with all passes, and with all but one.
 
 Ours without a pass is the baseline of ours with all of them, so that each ratio is what that pass is worth
-where the others are there. `no passes` is the same path with nothing rewritten. There is no case for a pass that
-finds nothing in the model: what came out would be noise.
+where the others are there. `no passes` is the same path with nothing rewritten. A pass that finds nothing in
+the model has no case: what came out would be noise.
 """
 
 import argparse
