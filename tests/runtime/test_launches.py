@@ -6,6 +6,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, free_unbacked_symbols
 from transformers import (
     Qwen3_5ForCausalLM,
     Qwen3_5MoeForCausalLM,
@@ -110,6 +115,40 @@ def test_a_mixture_of_experts_has_the_same_mixers_and_takes_what_torch_takes_to_
     assert len(masks) <= 1
     kernels = [name for launch in block.launches for name in launch.names if launch.kind != "inductor"]
     assert Counter(kernels)["_grouped_mm"] == 2 and Counter(kernels)["silu_mul"] == 2
+
+
+def waits_for_the_device(node: Node) -> bool:
+    """Whether a call has to see values on the host, or copies between host and device."""
+    if not isinstance(node.target, OpOverload):
+        return False
+    values = [n.meta.get("val") for n in (node, *node.all_input_nodes)]
+    devices = {value.device for value in values if isinstance(value, Tensor)}
+    seen = torch.Tag.data_dependent_output in node.target.tags or bool(free_unbacked_symbols(values[0]))
+    return seen or len(devices) > 1
+
+
+def test_a_token_of_experts_never_waits_for_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Program] = []
+    apply = pipeline.apply
+
+    def recording(*args: Any) -> Any:
+        result = apply(*args)
+        seen.append(result[0])
+        return result
+
+    monkeypatch.setattr(pipeline, "apply", recording)
+    report, _ = decode_blocks(Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig, **WIDE, **EXPERTS)
+    assert report.graphs[-1].phase == "decode"
+    (decode,) = seen[1:]
+    assert "aten._grouped_mm.default" in {str(node.target) for node in decode.graph.nodes}
+    assert [node.format_node() for node in decode.graph.nodes if waits_for_the_device(node)] == []
+
+
+def test_a_call_that_waits_is_seen() -> None:
+    for function in (torch.nonzero, lambda x: torch.zeros(2) * x.amax().item()):
+        with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True) as mode:
+            graph = make_fx(function)(mode.from_tensor(torch.ones(3))).graph
+        assert any(map(waits_for_the_device, graph.nodes))
 
 
 def test_the_count_fails_where_the_step_is_not_one_launch() -> None:
