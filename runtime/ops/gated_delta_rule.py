@@ -58,14 +58,15 @@ def factors(pairs: Tensor, g: Tensor, beta: Tensor, normalise: bool) -> Factors:
     size, dk = g.shape[-1], pairs.shape[-1]
     norms = pairs.new_ones(1).expand(pairs.shape[:-1])
     if normalise:
-        norms = torch.rsqrt(torch.linalg.vector_norm(pairs, dim=-1).square() + L2_EPSILON)
+        norms = torch.rsqrt(torch.linalg.vector_norm(pairs, dim=-1).square_() + L2_EPSILON)
     decay = g.clamp(min=LEAST_LOG_DECAY).cumsum(-1)
     last = decay[..., -1:]
     rows = torch.stack([norms[..., :size], norms[..., size:] * dk**-0.5], dim=-2)
     columns = norms[..., :size] * beta
-    future = pairs.new_full((size, size), float("-inf")).triu_(1)
-    between = torch.add(future, decay.unsqueeze(-1) - decay.unsqueeze(-2), alpha=LOG2_E)
-    between = between.exp2_() * columns.unsqueeze(-2)  # 2ˣ: a third of the time of eˣ
+    between = decay.unsqueeze(-1) - decay.unsqueeze(-2)
+    future = between.new_full((size, size), float("-inf")).triu_(1)
+    between = torch.add(future, between, alpha=LOG2_E).exp2_()  # 2ˣ: a third of the time of eˣ
+    between *= columns.unsqueeze(-2)
     return Factors(
         norms,
         (rows.unsqueeze(-1) * between.unsqueeze(-3)).flatten(-3, -2),
@@ -82,20 +83,26 @@ def inverse(system: Tensor) -> Tensor:
     time, and small blocks to solve, which it does one by one.
     """
     size = system.shape[-1]
-    if size <= SOLVED or size % 2:
-        identity = torch.eye(size, device=system.device).expand_as(system)
-        # Given the transposed system, the solver copies less.
-        return torch.linalg.solve_triangular(
-            system.mT, identity, upper=True, left=False, unitriangular=True
-        ).mT
-    half = size // 2
-    blocks = torch.cat([system[:, :half, :half], system[:, half:, half:]])
-    first, second = inverse(blocks).chunk(2)
+    block = SOLVED if size == CHUNK else size
     whole = torch.zeros_like(system, memory_format=torch.contiguous_format)
-    whole[:, :half, :half] = first
-    whole[:, half:, half:] = second
-    whole[:, half:, :half] = -(second @ system[:, half:, :half] @ first)
+    identity = torch.eye(block, device=system.device).expand(len(system), size // block, -1, -1)
+    # Given the transposed system, the solver copies less.
+    solved = torch.linalg.solve_triangular(
+        _diagonal(system, block).mT, identity, upper=True, left=False, unitriangular=True
+    )
+    _diagonal(whole, block).copy_(solved.mT)
+    while block < size:
+        first, second = slice(None, block), slice(block, None)
+        block *= 2
+        given, found = _diagonal(system, block), _diagonal(whole, block)
+        below = found[..., second, second] @ given[..., second, first] @ found[..., first, first]
+        torch.neg(below, out=found[..., second, first])
     return whole
+
+
+def _diagonal(x: Tensor, size: int) -> Tensor:
+    """The blocks on the diagonals of [b, n, n], as a view [b, n / size, size, size]."""
+    return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 def _tokens(x: Tensor, key_heads: int, part: slice) -> Tensor:
@@ -106,29 +113,31 @@ def _tokens(x: Tensor, key_heads: int, part: slice) -> Tensor:
 def _chunk(
     pairs: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, normalise: bool
 ) -> tuple[Tensor, Tensor]:
-    """Output [B·HV, n, dv] of n tokens and the next state [B·HV, dk, dv]; no state is one of zeros.
+    """Output [B·HV, n, dv] of n tokens and the next state [B·HV, dk, dv], which is the given one, written to.
 
-    Value heads that share a key head are an axis of their own (r), so that keys are multiplied once for all.
+    No state is one of zeros. Value heads that share a key head are an axis of their own (r), so that keys are
+    multiplied with each other once for all.
     """
     size = value.shape[-2]
     by = factors(pairs, g, beta, normalise)
-    keys = pairs[..., :size, :]
 
     def heads(x: Tensor) -> Tensor:
         return x.flatten(0, 2)  # [B·HV, n, ...]
 
     # (I + A β) e = v − exp(γ) k S: how much each token's value differs from what is there for its key.
-    products = heads(pairs @ keys.mT * by.pairs)
+    products = heads(by.pairs.mul_(pairs @ pairs[..., :size, :].mT))
     solved, inside = inverse(products[:, :size]), products[:, size:]
-    kept = heads(keys * by.keeping).mT
-    missing = heads(value.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
+    keys, queries = heads(pairs.expand(*value.shape[:3], -1, -1)).split(size, dim=1)
+    errors = heads(value.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
     if state is None:
-        errors = solved @ missing
-        return inside @ errors, kept @ errors
-    reading = heads(pairs * by.reading)
-    errors = solved @ missing.baddbmm_(reading[:, :size], state, alpha=-1)
-    out = (reading[:, size:] @ state).baddbmm_(inside, errors)
-    return out, (heads(by.over) * state).baddbmm_(kept, errors)
+        errors = solved @ errors
+        out = inside @ errors
+    else:
+        reading = heads(by.reading)
+        errors = solved @ errors.addcmul_(keys @ state, reading[:, :size], value=-1)
+        out = (queries @ state).mul_(reading[:, size:]).baddbmm_(inside, errors)
+    kept = errors.mul_(heads(by.keeping))
+    return out, keys.mT @ kept if state is None else state.mul_(heads(by.over)).baddbmm_(keys.mT, kept)
 
 
 class Given(NamedTuple):
@@ -217,7 +226,7 @@ def parts(cu_seqlens: Tensor, length: int) -> list[slice]:
 
 
 def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
-    """The rule in plain torch, of the fields of `Given`, computed in fp32; differentiable.
+    """The rule in plain torch, of the fields of `Given`, computed in fp32; autograd cannot go through it.
 
     Returns:
         out [B, T, HV, dv] in query's dtype, contiguous; final state [B, HV, dk, dv] in fp32, contiguous.
@@ -226,14 +235,14 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     if given.cu_seqlens is not None:
         return _packed(given, given.cu_seqlens)
     length = given.value.shape[1]
-    start = initial(given.query, given.value, given.initial_state)
+    start = initial(given.query, given.value, given.initial_state).clone(
+        memory_format=torch.contiguous_format
+    )
+    out = given.value.new_empty(given.value.shape, dtype=given.query.dtype)
     if length == 0:
-        return given.value.new_empty(given.value.shape, dtype=given.query.dtype), start.clone(
-            memory_format=torch.contiguous_format
-        )
+        return out, start
     batch, _, heads, _ = given.value.shape
     key_heads = given.key.shape[2]
-    out = given.value.new_empty(given.value.shape, dtype=given.query.dtype)
     state = None if given.initial_state is None else start.flatten(0, 1)
     # Chunk by chunk, so that all of it stays in the caches of a CPU.
     for n in range(0, length, CHUNK):

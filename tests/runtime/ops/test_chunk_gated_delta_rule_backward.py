@@ -1,5 +1,6 @@
-"""Gradients of the chunked gated delta rule as an operator: autograd over its reference is the oracle."""
+"""Gradients of the chunked gated delta rule as an operator: autograd over the recurrence is the oracle."""
 
+import itertools
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from fxfuse.errors import ShapeError
 from fxfuse.runtime.ops.chunk_gated_delta_rule_backward import chunk_gated_delta_rule_backward
-from fxfuse.runtime.ops.gated_delta_rule import reference
+from fxfuse.runtime.ops.gated_delta_rule import L2_EPSILON
 
 DK, DV, KEY_HEADS = 8, 6, 2
 
@@ -34,19 +35,48 @@ def cotangents(given: list[Any], sequences: int) -> list[Tensor]:
     return [torch.randn(given[2].shape), torch.randn(sequences, heads, DK, DV)]
 
 
+def token_by_token(given: list[Any], normalise: bool, bounds: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The recurrence as it is written."""
+    query, key, value, g, beta, state = given
+    ratio = value.shape[2] // key.shape[2]
+    if normalise:
+        query, key = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + L2_EPSILON) for x in (query, key))
+    query, key = (x.repeat_interleave(ratio, dim=2) for x in (query * DK**-0.5, key))
+    sequences = len(value) if bounds is None else len(bounds) - 1
+    state = value.new_zeros(sequences, value.shape[2], DK, DV) if state is None else state
+    parts = [(slice(None), slice(None))]
+    if bounds is not None:
+        parts = [
+            (slice(n, n + 1), slice(a, b)) for n, (a, b) in enumerate(itertools.pairwise(bounds.tolist()))
+        ]
+    outs, states = [value[:, :0]], []
+    for own, part in parts:
+        now = state[own]
+        for q, k, v, decay, rate in zip(
+            *(x[:, part].unbind(1) for x in (query, key, value, g.exp(), beta)), strict=True
+        ):
+            now = now * decay[..., None, None]
+            missing = v - (k.unsqueeze(-2) @ now).squeeze(-2)
+            now = now + k.unsqueeze(-1) * (rate.unsqueeze(-1) * missing).unsqueeze(-2)
+            outs.append((q.unsqueeze(-2) @ now).transpose(1, 2))
+        states.append(now)
+    return torch.cat(outs, dim=1), torch.cat(states)
+
+
 def by_autograd(above: list[Any], given: list[Any], normalise: bool, bounds: Tensor | None) -> list[Tensor]:
-    leaves = [None if x is None else x.detach().clone().requires_grad_() for x in given]
-    outs = reference(*leaves, normalise, bounds)
-    used = [(out, d) for out, d in zip(outs, above, strict=True) if d is not None]
+    """In float64, rounded to the dtypes of what is given."""
+    leaves = [None if x is None else x.detach().double().requires_grad_() for x in given]
+    outs = token_by_token(leaves, normalise, bounds)
+    used = [(out, d.double()) for out, d in zip(outs, above, strict=True) if d is not None]
     wanted = [x for x in leaves if x is not None]
     found, weights = zip(*used, strict=True)
-    return list(torch.autograd.grad(found, wanted, weights, allow_unused=True))
+    gradients = torch.autograd.grad(found, wanted, weights, allow_unused=True, materialize_grads=True)
+    return [d.to(x.dtype) for d, x in zip(gradients, (x for x in given if x is not None), strict=True)]
 
 
 def assert_equal(got: tuple[Tensor, ...], expected: list[Tensor], rtol: float = 1e-5) -> None:
     names = ("query", "key", "value", "g", "beta", "state")
     for name, x, y in zip(names, got, expected, strict=False):
-        y = torch.zeros_like(x) if y is None else y
         assert x.dtype == y.dtype and x.shape == y.shape and x.is_contiguous() and x.isfinite().all(), name
         worst = float((x.double() - y.double()).abs().amax()) if x.numel() else 0.0
         assert worst <= rtol * float(y.double().abs().amax() if y.numel() else 0) + 1e-6, (name, worst)
