@@ -160,7 +160,7 @@ FAULTS = (
     Fault("runtime/one_row_speed.py", "            whole.replace(path)\n", "", SPEED),
     Fault("runtime/backend.py", "if on_cpu and not session.dry_run:", "if on_cpu:", SPEED),
     Fault("runtime/backend.py", "for m in outcome.misses if not m.chosen]", "for m in outcome.misses]", SPEED),
-    Fault("runtime/ops/gated_delta_rule.py", "-(second @ ", "(second @ ", RULE),
+    Fault("runtime/ops/gated_delta_rule.py", "torch.neg(below, ", "torch.abs(below, ", RULE),
     Fault("runtime/ops/chunk_gated_delta_rule_backward.py", ".diagonal(dim1=-2, dim2=-1).zero_()", "", GRADIENTS),
     Fault("runtime/ops/chunk_gated_delta_rule_backward.py", "beta.abs() < LEAST_RATE", "beta.abs() < 0", GRADIENTS),
 )  # fmt: skip
