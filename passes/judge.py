@@ -1,12 +1,13 @@
 """Whether a call computes what a part of a graph does: both are run in float64 on the same random values.
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
-at two magnitudes, so that epsilons count, and at a third where an operator acts on some values only, until it
-has acted; one that did nothing to any of them is not taken for nothing. Sizes that vary get primes, and so
-does a batch that is too large.
+at two magnitudes, so that epsilons count, and at larger and mixed ones where an operator acts on some values
+only, until the outputs show what it does; one that did nothing to any of them is not taken for nothing. Sizes
+that vary get primes, and so does a batch that is too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -24,16 +25,18 @@ from fxfuse.patterns import ops
 
 # Elements that a value may have to be computed in float64: half a gigabyte.
 MOST_ELEMENTS = 2**26
-MAGNITUDES = (1.0, 1e-3)
+MAGNITUDES = ((1.0,), (1e-3,))
 # Beyond the threshold of softplus; its exponentials are finite in float64. A single value is beyond it in a
-# quarter of the trials: as many are made as it takes, up to a bound.
-LARGE = (30.0,) * 16
+# quarter of the trials. In every other one each input has a magnitude of its own: a large factor hides what
+# another one does. As many are made as it takes, up to a bound.
+MIXED = (0.3, 1.0, 3.0, 10.0, 30.0)
+LARGE = ((30.0,), MIXED) * 16
 TOLERANCE = 1e-7
 # Operators that leave most values as they are, or tell them apart.
-LIMITS = frozenset(
-    {"clamp", "clamp_min", "clamp_max", "clip", "hardtanh", "relu", "relu6", "threshold", "nan_to_num"}
-    | {"softshrink", "hardshrink", "minimum", "maximum", "fmin", "fmax"}
-)
+BOUNDS = frozenset(["clamp", "clip", "hardtanh"])  # two, of which either may act
+PAIRS = frozenset(["minimum", "maximum", "fmin", "fmax"])
+LIMITS = BOUNDS | PAIRS | {"clamp_min", "clamp_max", "relu", "relu6", "threshold", "nan_to_num"}
+LIMITS |= {"softshrink", "hardshrink"}
 CHOICES = {"where": 0, "masked_fill": 1}  # by the argument of that number
 COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne", "isnan", "isinf", "isfinite"])
 
@@ -80,63 +83,107 @@ class Judge:
     ) -> bool:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
-            partial = Partial(region)
-            known = len(MAGNITUDES) + bool(partial.unseen)  # trials that are made in any case
-            for trial, magnitude in enumerate((*MAGNITUDES, *LARGE)):
-                if trial >= known and not partial.unseen:
+            unseen = {each: False for node in region for each in _left_out(node)}  # whether it has acted
+            known = len(MAGNITUDES) + bool(unseen)  # trials that are made in any case
+
+            def shown(values: Values, written: Values) -> list[Tensor]:
+                return [values[node] for node in outputs] + [written[state] for state in states]
+
+            for trial, magnitudes in enumerate((*MAGNITUDES, *LARGE)):
+                if trial >= known and not unseen:
                     break
                 sizes = TRIALS[trial % len(TRIALS)]
                 fewer = Fewer(batch, sizes[0])
-                inputs = _drawn(region, sizes, magnitude, trial, given, fewer)
+                inputs = _drawn(region, sizes, magnitudes, trial, given, fewer)
                 theirs, ours = _copied(inputs), _copied(inputs)
-                values = run(region, theirs, fewer, partial)
-                expected = [values[node] for node in outputs] + [theirs[s] for s in states]
+                values = run(region, theirs, fewer)
+                expected = shown(values, theirs)
                 try:
                     got = [*candidate(ours), *(ours[s] for s in states)]
                 except ShapeError as error:  # the operator's own word on what it does not take
                     raise Refused(outputs[0], str(error)) from error
-                if not all(_close(e, g) for e, g in zip(expected, got, strict=True)):
+                if not _all_close(expected, got):
                     return False
-        if partial.unseen:
-            node = next(iter(partial.unseen))
-            raise Refused(node, f"{node.name} acts on values that no trial has: it cannot be left out")
+                for each in list(unseen):
+                    without = run(region, others := _copied(inputs), fewer, each)
+                    if not _all_close(expected, shown(without, others)):
+                        del unseen[each]
+                    elif each.acts(values, without):
+                        unseen[each] = True
+        idle = [each.node for each, acted in unseen.items() if not acted]
+        if idle:
+            raise Refused(idle[0], f"{idle[0].name} acts on values that no trial has: it cannot be left out")
         return True
 
 
-class Partial:
-    """The operators of a region that act on some values only, until a trial has shown what each does.
+@dataclass(frozen=True)
+class LeftOut:
+    """An operator that acts on some values only, and what stands in its place where it does nothing.
 
     Attributes:
-        unseen: those that have left all values as they were, or made the same choice for all, and for a
-            choice and a comparison the outcomes so far.
+        instead: from its arguments; None for a choice and a comparison that have one outcome throughout.
     """
 
-    def __init__(self, region: Sequence[Node]) -> None:
-        self.unseen: dict[Node, set[bool]] = {
-            node: set()
-            for node in region
-            if _operation(node) in LIMITS
-            or _operation(node) in CHOICES
-            or (_operation(node) in COMPARISONS and node.args[0].meta["val"].is_floating_point())  # type: ignore[union-attr]
-        }
+    node: Node
+    instead: Callable[..., Any] | None = None
+    outcome: bool = False
 
-    def looked_at(self, node: Node, before: Tensor | None, args: Sequence[Any], after: Any) -> None:
-        """What the operator made of its first argument, or which outcomes it had."""
-        if node not in self.unseen:
-            return
-        if before is not None:
-            seen = bool((before != after).any())
-        else:
-            number = CHOICES.get(_operation(node))
-            self.unseen[node].update((after if number is None else args[number]).unique().tolist())
-            seen = len(self.unseen[node]) > 1
-        if seen:
-            del self.unseen[node]
+    def call(self, *args: Any, **kwargs: Any) -> Any:
+        """What the operator would give without its effect; writes where it would write."""
+        if self.instead is not None:
+            return self.instead(*args, **kwargs)
+        number = CHOICES.get(_operation(self.node))
+        if number is None:
+            return self.node.target(*args, **kwargs).fill_(self.outcome)  # type: ignore[operator]
+        chosen = torch.full_like(args[number], self.outcome)
+        return self.node.target(*args[:number], chosen, *args[number + 1 :], **kwargs)  # type: ignore[operator]
 
-    def before(self, node: Node, args: Sequence[Any]) -> Tensor | None:
-        """The values that a limit is given, which it may write to."""
-        limited = node in self.unseen and _operation(node) in LIMITS
-        return args[0].clone() if limited else None
+    def acts(self, values: Values, without: Values) -> bool:
+        """Whether the operator has done something to some value of a trial."""
+        if self.instead is not None:
+            return bool((values[self.node] != without[self.node]).any())
+        number = CHOICES.get(_operation(self.node))
+        had = values[self.node if number is None else self.node.args[number]]  # type: ignore[index]
+        return bool((had != self.outcome).any())
+
+
+def _left_out(node: Node) -> list[LeftOut]:
+    """The ways in which an operator may do nothing: none for one that always does something."""
+    name = _operation(node)
+    if name in BOUNDS:
+        return [LeftOut(node, _without_least), LeftOut(node, _without_most)]
+    if name in PAIRS:
+        return [LeftOut(node, _first), LeftOut(node, _second)]
+    if name == "relu6":
+        return [LeftOut(node, lambda x: x.clamp(max=6)), LeftOut(node, torch.relu)]
+    if name in LIMITS:
+        return [LeftOut(node, lambda x, *_, **__: x)]
+    compares = name in COMPARISONS and node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
+    if name in CHOICES or (compares and not all(_is_choice(user, node) for user in node.users)):
+        return [LeftOut(node, outcome=outcome) for outcome in (False, True)]
+    return []
+
+
+def _is_choice(user: Node, condition: Node) -> bool:
+    """Whether all that a call does with a comparison is to choose by it: the choice then shows it."""
+    number = CHOICES.get(_operation(user))
+    return number is not None and [i for i, x in enumerate(user.args) if x is condition] == [number]
+
+
+def _without_least(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
+    return x if max is None else x.clamp(max=max)
+
+
+def _without_most(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
+    return x if min is None else x.clamp(min=min)
+
+
+def _first(x: Tensor, other: Tensor) -> Tensor:
+    return torch.broadcast_tensors(x, other)[0]
+
+
+def _second(x: Tensor, other: Tensor) -> Tensor:
+    return torch.broadcast_tensors(x, other)[1]
 
 
 def _operation(node: Node) -> str:
@@ -182,6 +229,10 @@ def _large_batch(region: Sequence[Node]) -> int | None:
     return None
 
 
+def _all_close(expected: Sequence[Tensor], got: Sequence[Tensor]) -> bool:
+    return all(_close(e, g) for e, g in zip(expected, got, strict=True))
+
+
 def _close(expected: Tensor, got: Tensor) -> bool:
     if expected.shape != got.shape or not bool(torch.isfinite(expected).all()):
         return False
@@ -196,7 +247,7 @@ def _copied(values: Values) -> Values:
 def _drawn(
     region: Sequence[Node],
     primes: Sequence[int],
-    magnitude: float,
+    magnitudes: Sequence[float],
     seed: int,
     given: Callable[[Node, Sequence[int]], Tensor | None],
     fewer: Fewer,
@@ -221,11 +272,16 @@ def _drawn(
         if drawn is None and prod(shape) > MOST_ELEMENTS:
             raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
         if drawn is None and value.is_floating_point():
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * magnitude
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            drawn *= _one_of(magnitudes, generator)
         elif drawn is None:
             drawn = torch.zeros(shape, dtype=value.dtype)
         values[node] = drawn
     return values
+
+
+def _one_of(magnitudes: Sequence[float], generator: torch.Generator) -> float:
+    return magnitudes[int(torch.randint(len(magnitudes), (), generator=generator))]
 
 
 def _constant(node: Node) -> Tensor | None:
@@ -249,22 +305,23 @@ def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
     return int(expression.subs(sizes))
 
 
-def run(region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer, partial: Partial) -> Values:
-    """The region's values in float64 on a CPU; writes go to the values given."""
+def run(
+    region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer, left_out: LeftOut | None = None
+) -> Values:
+    """The region's values in float64 on a CPU; writes go to those given. One operator may be left out."""
     known = dict(values)
     for node in region:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         args, kwargs = map_aggregate((tuple(map(fewer.shape, args)), kwargs), _exact)
-        before = partial.before(node, args)
+        call: Any = left_out.call if left_out is not None and left_out.node is node else node.target
         try:
-            known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+            known[node] = call(*args, **kwargs)
         except RuntimeError as error:
             why = (
                 "is too large to run it and compare" if fewer.batch is not None else f"cannot be run: {error}"
             )
             raise Refused(node, f"{node.name} {why}") from error
         fewer.check(node, known[node])
-        partial.looked_at(node, before, args, known[node])
     return known
 
 

@@ -118,6 +118,40 @@ def test_what_few_values_show_takes_more_trials(heads: int) -> None:
     assert "gdn_gates" in rules(rewrite(Gates(), inputs, target="cuda", dynamic=False))
 
 
+# Of the rate -exp(A_log), which the product with a softplus hides where either is large: decays are 1 or 0.
+RATE_LIMITS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "clamp_min": lambda x, c: x.clamp_min(c),
+    "either bound": lambda x, c: x.clamp(c, -1e-3),
+    "maximum": lambda x, c: torch.maximum(torch.full((), c), x),
+    "where": lambda x, c: torch.where(x < c, c, x),
+    "masked_fill": lambda x, c: x.masked_fill(x < c, c),
+    "times a comparison": lambda x, c: x * (x > c),
+}
+
+
+@pytest.mark.parametrize("limit", RATE_LIMITS.values(), ids=RATE_LIMITS)
+@pytest.mark.parametrize("least", [-3.0, -8.0, -20.0])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_a_limit_that_acts_and_does_not_show_is_tried_until_it_shows(
+    limit: Callable[[Tensor, float], Tensor], least: float, heads: int
+) -> None:
+    graph = make_fx(lambda a, x: (limit(-a.exp(), least) * F.softplus(x)).exp())(*torch.ones(2, heads)).graph
+    a, x = graph.find_nodes(op="placeholder")
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(heads)
+    region = [node for node in graph.nodes if node.op == "call_function"]
+
+    def without(values: Any) -> list[Tensor]:
+        return [(-values[a].exp() * F.softplus(values[x])).exp()]
+
+    assert not Judge().equal(region, region[-1:], without, "without the limit")
+
+    def with_it(values: Any) -> list[Tensor]:
+        return [(limit(-values[a].exp(), least) * F.softplus(values[x])).exp()]
+
+    assert Judge().equal(region, region[-1:], with_it, "with the limit")
+
+
 @pytest.mark.parametrize("limit", [F.relu6, lambda x: x.clamp(0, 50)], ids=["relu6", "clamp"])
 def test_a_limit_that_one_side_shows_is_tried_on_the_other(limit: Callable[[Tensor], Tensor]) -> None:
     graph = make_fx(lambda x: limit(x) + torch.log1p(torch.exp(-x.abs())))(torch.randn(64)).graph
