@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from transformers import DynamicCache, StaticCache
 
 import fxfuse
@@ -54,6 +55,22 @@ def test_a_model_gives_what_it_gave(
     for ours, theirs, right in zip(got, expected, exact, strict=True):
         mine, original = ((x.double() - right).square().mean().sqrt() for x in (ours, theirs))
         assert mine <= 1.5 * original + 1e-5 * right.square().mean().sqrt()
+
+
+def test_tokens_are_replayed_from_a_recording_whatever_the_address_of_the_cache(make_model: Make) -> None:
+    plain = make_model().to(DEVICE)
+    model = fxfuse.optimize(copy.deepcopy(plain), mode="reduce-overhead")
+    counters.clear()
+    kept = []
+    for seed in range(2):
+        kept.append(torch.empty(2**20, device=DEVICE))  # so that the next cache lies elsewhere
+        ids = torch.randint(1, 300, (2, 21), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+        how = {"do_sample": False, "max_new_tokens": 20, "min_new_tokens": 20}
+        expected = plain.generate(ids, cache_implementation="static", disable_compile=True, **how)
+        assert torch.equal(model.generate(ids, cache_implementation="static", **how), expected)
+    assert [graph.phase for graph in model.optimization_report.graphs] == ["prefill", "decode"]
+    assert not any("CUDA graph" in note for note in model.optimization_report.notes)
+    assert not counters["inductor"]["cudagraph_skips"]
 
 
 def test_a_model_on_another_device_than_the_current_one(make_model: Make) -> None:
