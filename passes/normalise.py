@@ -17,8 +17,6 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
-from fxfuse.passes.kept_dimensions import spell_kept_dimensions
-from fxfuse.passes.known_sizes import drop_known_metadata, spell_sizes
 from fxfuse.passes.linear_spellings import put_weights_second, spell_linears, value_of
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
@@ -27,19 +25,19 @@ from fxfuse.passes.program import Program
 from fxfuse.passes.regions import is_contiguous
 from fxfuse.passes.storage_writes import (
     StorageWrites,
+    equal_sizes,
+    layout_matters,
     layout_shows,
     same_memory,
     storage_of,
     written_by,
 )
-from fxfuse.passes.written_positions import spell_written_positions
 from fxfuse.patterns import ops
 
 
 def normalise(program: Program) -> None:
     """Rewrite the graph in place; values and writes stay what they were."""
     _drop_idle_switches(program)
-    drop_known_metadata(program)
     fold_idle_dropout(program)
     _fold_identities(program)
     _writes_to_the_base(program)
@@ -47,10 +45,8 @@ def normalise(program: Program) -> None:
     _one_name(program)
     fold_idle_calls(program)
     _one_reshape(program)
-    spell_written_positions(program)
-    spell_sizes(program)
     _one_convolution(program)
-    spell_kept_dimensions(program)
+    _kept_dimension(program)
     _without_empty_parts(program)
     _one_view_of_each(program)
     spell_moved_elements(program)
@@ -194,6 +190,30 @@ def _one_convolution(program: Program) -> None:
             node.args = (*node.args[:6], node.args[8])
 
 
+def _kept_dimension(program: Program) -> None:
+    """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums and reshapes."""
+    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    for node in program.calls(ops.UNSQUEEZE, ops.RESHAPE):
+        reduced = node.args[0]
+        if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
+            continue
+        if len(reduced.users) > 1 and storage_of(node) in fixed:
+            continue  # both leave the graph, in one memory
+        dims = reduced.args[1]
+        keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
+        whole: Node = reduced.args[0]  # type: ignore[assignment]
+        if writes.is_written(node) or writes.version(whole, reduced) != writes.version(whole, node):
+            continue
+        sizes = list(whole.meta["val"].shape)
+        if keeps or not sizes or not isinstance(dims, (list, tuple)) or len(dims) != 1:
+            continue
+        sizes[dims[0]] = 1  # type: ignore[index, call-overload]
+        if equal_sizes(node.meta["val"].shape, sizes):
+            node.target = reduced.target
+            node.args = (whole, dims, True)
+            node.kwargs = {k: v for k, v in reduced.kwargs.items() if k != "keepdim"}
+
+
 def _without_empty_parts(program: Program) -> None:
     """cat([empty, x, y]) -> cat([x, y]); cat([empty, x]) -> clone(x), contiguous as eager's is.
 
@@ -249,6 +269,7 @@ def _one_view_of_each(program: Program) -> None:
 
     Also of memory that is written: at any time both show what is there. Not so their gradients.
     """
+    mode = modes(program.graph, program.grad_enabled)
     writes, gradients = StorageWrites(program.graph), program.needs_gradients
     (output,) = program.graph.find_nodes(op="output")
     bases: dict[Node, Node] = {}
@@ -259,6 +280,8 @@ def _one_view_of_each(program: Program) -> None:
         if not isinstance(source, Node) or output in node.users:
             continue
         if gradients and writes.is_written(node):
+            continue
+        if gradients and not mode[node][0]:  # made where gradients are off, it hands on none
             continue
         cut = program.grad_enabled and str(source.target) == ops.DETACH  # views of it have no gradient either
         base = bases[node] = source if cut else bases.get(source, source)
