@@ -20,7 +20,7 @@ from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by
-from fxfuse.passes.storage_writes import equal_sizes, layout_shows, storage_of, written_by
+from fxfuse.passes.storage_writes import equal_sizes, storage_of, written_by
 from fxfuse.patterns import readings
 from fxfuse.patterns.ops import CAT
 from fxfuse.runtime.ops.limits import unsupported
@@ -129,7 +129,7 @@ def _unpadded(x: Node) -> Node | None:
     return source if value is not None and value.dim() == 3 and value.is_floating_point() else None
 
 
-def _accepted(guards: Guards, judge: Judge, conv: Node, fixed: Collection[int | None]) -> Found:
+def _accepted(guards: Guards, judge: Judge, conv: Node) -> Found:
     """What a convolution and the calls behind it are; raises Refused."""
     given, *parameters = [n for n in conv.args[:3] if isinstance(n, Node)]
     weight, bias = (*parameters, None)[:2]
@@ -145,17 +145,13 @@ def _accepted(guards: Guards, judge: Judge, conv: Node, fixed: Collection[int | 
         if not judge.equal(found.region, [end], found.on, f"{RULE} {silu}"):
             continue
         reason = guards.reason(found.region, [end], found.dtypes)
-        if storage_of(end) in fixed:
-            reason = end, f"{end.name} leaves the graph, or its strides are read"
         if reason is None:
             return found
         miss = Refused(*reason)
     raise miss
 
 
-def _sum_accepted(
-    guards: Guards, judge: Judge, x: Node, pads: Sequence[Node], fixed: Collection[int | None]
-) -> Found | None:
+def _sum_accepted(guards: Guards, judge: Judge, x: Node, pads: Sequence[Node]) -> Found | None:
     """The sum of products of what zeros are put before; None for none at all, raises Refused for almost."""
     value, miss = x.meta["val"], None
     for end in reversed(readers_of(pads, readings.IN_SUMS_OVER_TAPS)):
@@ -177,8 +173,6 @@ def _sum_accepted(
                 miss = miss or Refused(end, NONE_AT_ALL)
                 continue
             reason = guards.reason(region, [end], found.dtypes)
-            if storage_of(end) in fixed and not turned:
-                reason = end, f"{end.name} leaves the graph, or its strides are read"
             if reason is None:
                 return found
             miss = Refused(*reason)
@@ -187,7 +181,7 @@ def _sum_accepted(
     return None
 
 
-def _replace(program: Program, found: Found) -> None:
+def _replace(program: Program, guards: Guards, found: Found) -> None:
     aten, end, x, taps = torch.ops.aten, found.end, found.x, found.weight
     with program.graph.inserting_before(end):
         if taps.meta["val"].dim() == 3:
@@ -198,6 +192,8 @@ def _replace(program: Program, found: Found) -> None:
         new = call(program, end, target, x, taps, found.bias, None, None, found.silu)
         if found.turned:
             new = call(program, end, aten.transpose.int, new, 1, 2)
+        elif storage_of(end) in guards.fixed:  # by position, not channels first as the operator leaves it
+            new = call(program, end, aten.contiguous.default, new)
     end.replace_all_uses_with(new)
     erase(program, found.region)
 
@@ -205,13 +201,12 @@ def _replace(program: Program, found: Found) -> None:
 def run(program: Program) -> Outcome:
     """Rewrite every causal convolution; one that is depthwise and not causal is reported."""
     outcome, guards, judge = Outcome(), Guards(program), Judge()
-    fixed = layout_shows(program.graph)
     accepted: list[tuple[Node, Found]] = []
     for conv in program.calls(readings.CONV1D):
         if not is_depthwise(conv):
             continue
         try:
-            accepted.append((conv, _accepted(guards, judge, conv, fixed)))
+            accepted.append((conv, _accepted(guards, judge, conv)))
         except Refused as refusal:
             outcome.misses.append(Miss(RULE, module_path(conv), refusal.node.name, refusal.reason))
     padded: dict[Node, list[Node]] = {}
@@ -222,14 +217,14 @@ def run(program: Program) -> Outcome:
             padded.setdefault(x, []).append(pad)
     for x, pads in padded.items():
         try:
-            found = _sum_accepted(guards, judge, x, pads, fixed)
+            found = _sum_accepted(guards, judge, x, pads)
         except Refused as refusal:
             outcome.misses.append(Miss(RULE, module_path(refusal.node), refusal.node.name, refusal.reason))
             continue
         if found is not None:
             accepted.append((found.end, found))
     for _, found in sorted(accepted, key=lambda pair: pair[1].end, reverse=True):
-        _replace(program, found)  # from the end of the graph: an earlier result may be a later input
+        _replace(program, guards, found)  # from the end of the graph: an earlier result may be a later input
     for like, found in accepted:
         outcome.matches.append(Match(RULE, module_path(like), (), f"{len(found.region)} calls → 1"))
     return outcome

@@ -155,13 +155,11 @@ def _reason(guards: Guards, found: Call) -> tuple[Node, str] | None:
     reason = guards.reason(region, [end], dtypes, [found.step.state])
     if reason is not None:
         return reason
-    if storage_of(end) in guards.fixed and end.meta["val"].dim() == 3:
-        return end, f"{end.name} leaves the graph, or its strides are read"
     early = [u for u in end.users if guards.position[u] < guards.position[region[-1]]]
     return (early[0], f"{early[0].name} reads the result before the state is written") if early else None
 
 
-def _replace(program: Program, found: Call) -> None:
+def _replace(program: Program, guards: Guards, found: Call) -> None:
     aten, end, tokens, taps = torch.ops.aten, found.end, found.step.tokens, found.weight
     with program.graph.inserting_after(found.region[-1]):
         anchor = program.graph.call_function(aten.alias.default, (end,))
@@ -174,6 +172,8 @@ def _replace(program: Program, found: Call) -> None:
         new = call(program, end, target, tokens, found.step.state, taps, found.bias, found.silu)
         if end.meta["val"].dim() == 2:
             new = call(program, end, aten.squeeze.dim, new, 2)
+        elif storage_of(end) in guards.fixed:
+            new = call(program, end, aten.contiguous.default, new)
     program.graph.erase_node(anchor)
     end.replace_all_uses_with(new)
     erase(program, found.region)
@@ -196,5 +196,5 @@ def run(program: Program) -> Outcome:
         where, detail = module_path(found.step.conv or found.end), f"{len(found.region)} calls → 1"
         outcome.matches.append(Match(RULE, where, (), detail))
     for found in sorted(accepted, key=lambda each: each.region[-1], reverse=True):
-        _replace(program, found)  # from the end of the graph: an earlier result may be a later input
+        _replace(program, guards, found)  # from the end of the graph: an earlier result may be a later input
     return outcome

@@ -17,7 +17,7 @@ from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase
 from fxfuse.passes.storage_writes import equal_sizes
-from fxfuse.patterns import idioms, readings
+from fxfuse.patterns import idioms, ops, readings
 from fxfuse.patterns.matcher import Bound, matches
 from fxfuse.runtime.ops.limits import unsupported
 
@@ -25,17 +25,24 @@ RULE = "gdn_gates"
 ARGUMENTS = ("a", "b", "A_log", "dt_bias")
 
 
+def _of_token(gate: Node) -> Node:
+    """The gate [B, HV] of one token, before it was given a dimension of time; else the gate as it is."""
+    given = str(gate.target) == ops.UNSQUEEZE and gate.args[1] == 1 and gate.meta["val"].dim() == 3
+    return gate.args[0] if given else gate  # type: ignore[return-value]
+
+
 def _gates(decay: Node, rate: Node) -> Bound | None:
-    for first in matches(idioms.LOG_DECAY, decay):
-        for second in matches(idioms.RATE, rate):
+    for first in matches(idioms.LOG_DECAY, _of_token(decay)):
+        for second in matches(idioms.RATE, _of_token(rate)):
             if equal_sizes(first["a"].meta["val"].shape, second["b"].meta["val"].shape):
                 return {**first, **second}
     return None
 
 
-def _operator_on(bound: Bound) -> Any:
+def _operator_on(bound: Bound, outputs: Sequence[Node]) -> Any:
     def run(values: Mapping[Node, Any]) -> Sequence[Tensor]:
-        return torch.ops.fxfuse.gdn_gates(*(values[bound[name]] for name in ARGUMENTS))  # type: ignore[no-any-return]
+        gates = torch.ops.fxfuse.gdn_gates(*(values[bound[name]] for name in ARGUMENTS))
+        return [y if _of_token(n) is n else y.unsqueeze(1) for n, y in zip(outputs, gates, strict=True)]
 
     return run
 
@@ -53,7 +60,7 @@ def _accepted(guards: Guards, judge: Judge, rule: Node, decay: Node, rate: Node,
     shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)
     if shared is not None:
         raise Refused(shared, f"a gate is used by {shared.name}, too")
-    if not judge.equal(region, [decay, rate], _operator_on(bound), RULE):
+    if not judge.equal(region, [decay, rate], _operator_on(bound, [decay, rate]), RULE):
         raise Refused(decay, "run on random values they are no gates of the delta rule")
     return region
 
@@ -77,8 +84,12 @@ def run(program: Program) -> Outcome:
         with program.graph.inserting_before(rule):
             target: Any = torch.ops.fxfuse.gdn_gates.default
             gates = call(program, rule, target, *(bound[name] for name in ARGUMENTS), program.round_beta)
-            decay, rate = (call(program, rule, operator.getitem, gates, i) for i in range(2))
-        rule.args = (*rule.args[:3], decay, rate, *rule.args[5:])
+            new = [call(program, rule, operator.getitem, gates, i) for i in range(2)]
+            read: Any = rule.args[3:5]
+            for i, gate in enumerate(read):
+                if _of_token(gate) is not gate:
+                    new[i] = call(program, rule, torch.ops.aten.unsqueeze.default, new[i], 1)
+        rule.args = (*rule.args[:3], *new, *rule.args[5:])
         erase(program, region)
         outcome.matches.append(Match(RULE, module_path(rule), (), f"{len(region)} calls → 1"))
     return outcome

@@ -40,14 +40,15 @@ def fold_idle_calls(program: Program) -> None:
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
     _views_to_reshapes(program, writes)
     shown = layout_shows(program.graph)
-    stale: set[Node] = set()
+    stale, viewed = set[Node](), _behind_views(program)
     (output,), gradients = program.graph.find_nodes(op="output"), program.needs_gradients
+    mode = modes(program.graph, program.grad_enabled)
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
-        if source is None or not _same_elements(node, source):
+        if source is None or not _same_elements(node, source) or (gradients and not mode[node][0]):
             continue
         strides = [n.meta["val"].stride() for n in (node, source)]
-        anew = not equal_sizes(*strides) and storage_of(node) in shown
+        anew = not equal_sizes(*strides) and (storage_of(node) in shown or node in viewed)
         twice = str(node.target) == ops.NEG  # the first of two has read the source
         read: Node = node.args[0] if twice else node  # type: ignore[assignment]
         if writes.is_written(node) or (twice and writes.is_written(read)):
@@ -76,6 +77,16 @@ def _views_to_reshapes(program: Program, writes: StorageWrites) -> None:
         sizes = list(node.meta["val"].shape)
         if not writes.is_written(node) and all(type(size) is int for size in sizes):
             node.target, node.args = torch.ops.aten.reshape.default, (node.args[0], sizes)
+
+
+def _behind_views(program: Program) -> set[Node]:
+    """What is behind the views that stay views, since they are written: its strides count."""
+    waiting, found = program.calls(*(ops.RESHAPES - {ops.RESHAPE}), ops.VIEW_AS), set[Node]()
+    while waiting:
+        read = set(waiting.pop().all_input_nodes) - found
+        found |= read
+        waiting += read
+    return found
 
 
 def _handed_on(node: Node) -> Node | None:

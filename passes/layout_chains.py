@@ -16,6 +16,7 @@ from fxfuse.passes.modes import grad_enabled_at
 from fxfuse.passes.numbered_features import MOST_ELEMENTS, Cut, TooLarge, cuts_of, region_of
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.regions import call, is_contiguous
 from fxfuse.passes.same_input_linears import bias_of, weight_of
 from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of
 from fxfuse.patterns import ops
@@ -86,19 +87,21 @@ def _reason(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> st
 
 
 def _read_strided(program: Program, cuts: Sequence[Cut], linear: Node) -> None:
+    fixed, gather = layout_matters(program.graph), torch.ops.fxfuse.gather_features.default
     for cut in cuts:
-        with program.graph.inserting_after(linear):
-            picked = program.graph.call_function(
-                torch.ops.fxfuse.gather_features.default, (linear, blocks_of(cut.features), list(cut.shape))
-            )
-        picked.meta["nn_module_stack"] = cut.node.meta.get("nn_module_stack", {})
+        with program.graph.inserting_before(linear.next):
+            picked = call(program, cut.node, gather, linear, blocks_of(cut.features), list(cut.shape))
+            if storage_of(cut.node) in fixed:  # memory of its own, as it was
+                picked = call(program, cut.node, torch.ops.aten.clone.default, picked)
+                picked.kwargs = {"memory_format": torch.contiguous_format}
         cut.node.replace_all_uses_with(picked)
 
 
 def _movable(program: Program, cuts: Sequence[Cut]) -> list[Cut]:
-    """The cuts out of order that may become views: their strides are not read, they stay in the graph."""
+    """The cuts out of order that may become views, or one copy where their memory leaves the graph."""
     fixed: Collection[int | None] = layout_matters(program.graph)
-    return [cut for cut in cuts if not cut.is_in_order and storage_of(cut.node) not in fixed]
+    moved = [cut for cut in cuts if not cut.is_in_order]
+    return [c for c in moved if storage_of(c.node) not in fixed or is_contiguous(c.node.meta["val"])]
 
 
 def _fold_into_weight(program: Program, cuts: Sequence[Cut], linear: Node) -> None:

@@ -269,6 +269,7 @@ def _one_view_of_each(program: Program) -> None:
 
     Also of memory that is written: at any time both show what is there. Not so their gradients.
     """
+    mode = modes(program.graph, program.grad_enabled)
     writes, gradients = StorageWrites(program.graph), program.needs_gradients
     (output,) = program.graph.find_nodes(op="output")
     bases: dict[Node, Node] = {}
@@ -280,7 +281,10 @@ def _one_view_of_each(program: Program) -> None:
             continue
         if gradients and writes.is_written(node):
             continue
-        base = bases[node] = bases.get(source, source)
+        if gradients and not mode[node][0]:  # made where gradients are off, it hands on none
+            continue
+        cut = program.grad_enabled and str(source.target) == ops.DETACH  # views of it have no gradient either
+        base = bases[node] = source if cut else bases.get(source, source)
         same = next((other for other in (base, *views[base]) if _is_the_same(program, node, other)), None)
         if same is None:
             views[base].append(node)

@@ -65,7 +65,8 @@ def _hand_on(old: GraphModule, new: GraphModule) -> None:
 class Program:
     """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder.
 
-    `copy_weights` and `round_beta` are what `Options` says of them.
+    `copy_weights` and `round_beta` are what `Options` says of them. `inputs_train` says that inputs ask for
+    gradients, which the values of a trace do not.
     """
 
     graph_module: GraphModule
@@ -74,6 +75,7 @@ class Program:
     grad_enabled: bool = False
     copy_weights: bool = False
     round_beta: bool = False
+    inputs_train: bool = False
     fused: list[FusedWeight] = field(default_factory=list)
 
     @property
@@ -113,7 +115,8 @@ class Program:
         """Whether grad mode is on, and something that the graph reads may be asked for a gradient."""
         values = (node.meta.get("val") for node in self.placeholders())
         return self.grad_enabled and (
-            any(weight.trainable for weight in self.weights.values())
+            self.inputs_train
+            or any(weight.trainable for weight in self.weights.values())
             or any(isinstance(v, torch.Tensor) and v.requires_grad for v in values)
         )
 

@@ -175,12 +175,7 @@ def readings_of(found: Candidate, result: Node, core: set[Node]) -> Iterator[Rea
     early = {_stripped(n): n for node in core & before for n in node.all_input_nodes if n in boundary}
     late = {_stripped(n): n for node in core - before for n in node.all_input_nodes if n in boundary}
     dtype = result.meta["val"].dtype
-    for scale in permutations(early, 2):
-        decay = _bound(idioms.DECAY, scale[0], "g")
-        g = decay and _origin(decay, batch, heads, None, None)
-        beta = _origin(early[scale[1]], batch, heads, None, None)
-        if g is None or beta is None:
-            continue
+    for scale, g, beta in _scales(early, batch, heads):
         rest = [n for n in early if n not in scale]
         for pair in permutations(rest, 2):
             values = [_origin(n, batch, heads, dv, None) for n in _value(pair[1], early[pair[1]])]
@@ -190,6 +185,20 @@ def readings_of(found: Candidate, result: Node, core: set[Node]) -> Iterator[Rea
                     k = _origin(key, batch, heads, dk, None)
                     if q is not None and k is not None and equal_heads(q, k):
                         yield Reading((q, k, value, g, beta), normalise)
+
+
+def _scales(
+    early: Mapping[Node, Node], batch: Any, heads: int
+) -> Iterator[tuple[tuple[Node, Node], Node, Node]]:
+    """g and β, and what they are read as: β by itself, or as a factor of a key that is read beside it."""
+    for scale in permutations(early, 2):
+        decay = _bound(idioms.DECAY, scale[0], "g")
+        g = decay and _origin(decay, batch, heads, None, None)
+        if g is None:
+            continue
+        factors = (found["x"] for found in matches(idioms.ANYTHING * idioms.ANYTHING_ELSE, scale[1]))
+        rates = (_origin(n, batch, heads, None, None) for n in (early[scale[1]], *factors))
+        yield from ((scale, g, beta) for beta in rates if beta is not None)
 
 
 def _value(stripped: Node, value: Node) -> Iterator[Node]:

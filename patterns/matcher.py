@@ -50,7 +50,8 @@ def _match(formula: Formula, term: Term, bound: Bound) -> Iterator[Bound]:
         terms = _rigid_first([(part, 1.0) for part in formula.terms])
         yield from _sum(terms, [(term, 1.0)], 0.0, formula.constant, bound)
     elif isinstance(formula, Call):
-        for argument in _arguments(formula.function, _uncast(term)):
+        reduces = formula.function in ("mean", "sum")  # a dimension of one may be what is left of a sum
+        for argument in _arguments(formula.function, term if reduces else _uncast(term)):
             yield from _match(formula.argument, argument, bound)
 
 
@@ -454,9 +455,9 @@ def _one_plus_exp(term: Term) -> Iterator[Term]:
 
 def _reduced(function: str, term: Node) -> Iterator[Term]:
     """The x of mean(x, -1, keepdim=True), sum(x, -1, keepdim=True) / n and their like; or of its sum."""
-    number, power, part = 1.0, 1.0, _uncast(term)
+    number, power, part = 1.0, 1.0, _before_casts(term)
     while True:
-        summed = _summed(part) if power == 1.0 else None
+        summed = (_summed(part) or _summed(_uncast(part))) if power == 1.0 else None
         if summed is not None:
             of, x, count = summed
             share = (1 / number if number else 0.0) if function == "mean" else number
@@ -464,11 +465,11 @@ def _reduced(function: str, term: Node) -> Iterator[Term]:
             if math.isclose(share, whole, rel_tol=1e-6) and statically_known_true(whole == wanted):
                 yield x
             return
-        factors = _factors(part)
+        factors = _factors(_uncast(part))
         if factors is None or len(factors[1]) != 1 or not (power == int(power) or factors[0] > 0):
             return
         number *= factors[0] ** power
-        part, power = _uncast(factors[1][0][0]), power * factors[1][0][1]
+        part, power = _before_casts(factors[1][0][0]), power * factors[1][0][1]
 
 
 def _summed(term: Term) -> tuple[str, Term, Any] | None:
@@ -545,6 +546,12 @@ def is_cast(node: Node) -> bool:
         and isinstance(node.args[0], Node)
         and node.args[0].meta["val"].is_floating_point()
     )
+
+
+def _before_casts(term: Term) -> Term:
+    while isinstance(term, Node) and is_cast(term):
+        term = term.args[0]  # type: ignore[assignment]
+    return term
 
 
 def _uncast(term: Term) -> Term:

@@ -24,7 +24,13 @@ MUL = "aten.mul.Tensor"
 DIV = "aten.div.Tensor"
 SUB = "aten.sub.Tensor"
 SUBTRACTED_FROM = frozenset({"aten.rsub.Scalar", "aten.rsub.Tensor"})
-REDUCTIONS = frozenset({"aten.mean.dim", "aten.sum.dim_IntList"})
+# Reduce along the dimensions in this argument; whether they are kept is in the next.
+REDUCTIONS = {
+    "aten.linalg_norm.default": 2,
+    "aten.linalg_vector_norm.default": 2,
+    "aten.mean.dim": 1,
+    "aten.sum.dim_IntList": 1,
+}
 SELECT = "aten.select.int"
 SQUEEZE = "aten.squeeze.dim"
 UNSQUEEZE = "aten.unsqueeze.default"
@@ -57,6 +63,7 @@ POWER = "aten.pow.Tensor_Scalar"
 # Copies of elements that a view, or a cat of them, spells as well.
 ARANGE = frozenset({"aten.arange.default", "aten.arange.start", "aten.arange.start_step"})
 INDEX = "aten.index.Tensor"
+INDEX_PUT_ = "aten.index_put_.default"
 INDEX_SELECT = "aten.index_select.default"
 REPEAT = "aten.repeat.default"
 TILE = "aten.tile.default"
@@ -148,12 +155,16 @@ CONV1D_BY_NAME = "aten.conv1d.padding"
 CONVOLUTION = "aten.convolution.default"
 
 DROPOUT = "aten.dropout.default"
+ASSERT_METADATA = "aten._assert_tensor_metadata.default"
+SYM_SIZE = "aten.sym_size.int"
 
 # One spelling for a change of shape: `reshape` is right for every stride, the others only for some.
 RESHAPES = frozenset({"aten.view.default", "aten._unsafe_view.default", "aten.reshape.default"})
 RESHAPE = "aten.reshape.default"
 EXPAND = "aten.expand.default"
 REPEATED = frozenset({EXPAND, UNSQUEEZE})
+# Sum over what is gone from their result.
+REDUCED = {*REDUCTIONS, EINSUM, "aten.linalg_vecdot.default"}
 FLATTEN = "aten.flatten.using_ints"
 UNFLATTEN = "aten.unflatten.int"
 VIEW_AS = "aten.view_as.default"

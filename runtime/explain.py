@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves, quantized_modules
+from fxfuse.runtime import backend, leaves, quantized_modules, unread_logs
 from fxfuse.runtime.measure import check_named
 from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
@@ -63,7 +63,7 @@ def explain(
     run = compiled_call(twin, options, dynamic=False)
     token = backend.current_session.set(session)
     try:
-        with mode, torch.no_grad():
+        with unread_logs.unwritten(), mode, torch.no_grad():
             _calls(run, twin, inputs, static=target == "cuda")
     except Exception as error:
         own = raised_on_purpose(error)

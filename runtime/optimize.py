@@ -18,7 +18,7 @@ from torch.fx._symbolic_trace import is_fx_symbolic_tracing
 
 from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves, live_weights, quantized_modules, warm_up
+from fxfuse.runtime import backend, leaves, live_weights, quantized_modules, unread_logs, warm_up
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.hooks import Hooks
 from fxfuse.runtime.options import Options
@@ -200,7 +200,8 @@ def _entry(session: backend.Session, options: Options, dynamic: bool | None) -> 
         before = _progress(report)
         token = backend.current_session.set(session)
         try:
-            with _varying(args, kwargs) if dynamic is None and not _trains(model) else nullcontext():
+            vary = _varying(args, kwargs) if dynamic is None and not _trains(model) else nullcontext()
+            with unread_logs.unwritten(), vary:
                 result = compiled(*args, **kwargs)
         except TorchDynamoException as error:
             own = raised_on_purpose(error)

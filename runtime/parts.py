@@ -165,6 +165,7 @@ class Rewriting:
             torch.is_grad_enabled(),
             copy_weights=self._copy_weights,
             round_beta=self._round_beta,
+            inputs_train=any(isinstance(x, torch.Tensor) and x.requires_grad for x in fakes),
         )
         return Part(given, *pipeline.apply(given, self._passes), piece)
 

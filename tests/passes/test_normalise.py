@@ -307,6 +307,58 @@ def test_numbers_drawn_that_nobody_reads_are_drawn_all_the_same(rewrite_equal: A
     assert all(map(torch.equal, got, expected))
 
 
+POSITIONS: dict[str, tuple[Callable[..., Any], bool]] = {
+    "positions": (lambda c, p, y: c.__setitem__((slice(None), p), y), True),
+    "positions along the last dimension": (lambda c, p, y: c.__setitem__((..., p), y.mT), True),
+    "added up": (lambda c, p, y: torch.ops.aten.index_put_(c, [None, p], y, True), False),
+    "one row for all": (lambda c, p, y: c.__setitem__((slice(None), p), y[:, :1]), False),
+    "two indices": (lambda c, p, y: c.__setitem__((p - p, p), y[0]), False),
+    "a table of positions": (lambda c, p, y: c.__setitem__((slice(None), p[None]), y[:, None]), False),
+}
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("positions", [[0, 3, 2], [-1, 1, -4]])
+def test_a_write_at_positions_is_an_index_copy(name: str, positions: list[int]) -> None:
+    write, one_dimension = POSITIONS[name]
+
+    def compute(cache: Tensor, p: Tensor, y: Tensor) -> Tensor:
+        write(cache, p, y)
+        return cache + 1
+
+    cache = integer_tensor((2, 4, 4) if "last" in name else (2, 5, 4), seed=1)
+    given = [cache, torch.tensor(positions), integer_tensor((2, 3, 4), seed=2)]
+    rewritten = rewrite(Calls(compute), given, passes=(), dynamic=False)
+    theirs, ours = ([x.clone() for x in given] for _ in range(2))
+    assert torch.equal(rewritten.graph_module(*ours), compute(*theirs))
+    assert torch.equal(ours[0], theirs[0])
+    assert ("aten.index_copy_.default" in targets(rewritten)) == one_dimension
+    assert ("aten.index_put_.default" in targets(rewritten)) != one_dimension
+
+
+def test_positions_in_memory_of_any_length_count_from_the_front(rewrite_equal: Any) -> None:
+    def compute(cache: Tensor, p: Tensor) -> Tensor:
+        cache[:, p] = cache[:, : p.shape[0]] * 2
+        return cache + 1
+
+    calls = normal(rewrite_equal, compute, integer_tensor((2, 5, 4), seed=1), torch.tensor([-1, 4, -2])[:2])
+    assert "aten.index_copy_.default" in calls
+
+
+def test_a_size_is_asked_of_an_input() -> None:
+    def compute(x: Tensor, y: Tensor) -> Tensor:
+        joined = torch.cat([x, y], 1) * 2
+        return joined.reshape(joined.shape[0] * 2, joined.shape[1], -1) + joined.shape[2]
+
+    module, given = Calls(compute), [X, integer_tensor((2, 2, 4), seed=1)]
+    rewritten = rewrite(module, given, passes=())
+    assert torch.equal(rewritten.graph_module(*given), module(*given))
+    graph = rewritten.graph_module.graph
+    asked = graph.find_nodes(op="call_function", target=torch.ops.aten.sym_size.int)
+    assert asked and any(n.args[0].op == "placeholder" for n in asked)
+    assert len({n.args for n in asked}) == len(asked)
+
+
 def test_asserts_are_kept(rewrite_equal: Any) -> None:
     def compute(x: Tensor) -> Tensor:
         torch._assert_async((x > 0).all(), "not positive")

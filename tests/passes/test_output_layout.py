@@ -16,6 +16,7 @@ from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.output_layout import restore_output_layout
 from fxfuse.passes.pipeline import Pass
 from fxfuse.passes.program import Program
+from fxfuse.testing.tensors import integer_tensor
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
@@ -120,3 +121,15 @@ def test_behind_an_idle_dropout_strides_are_those_of_eager(inner: str) -> None:
         assert [y.stride() for y in rewritten.graph_module(x)] == expected
         compiled = torch.compile(module, backend="fxfuse", options={"inner": inner, "report": "off"})
         assert [y.stride() for y in compiled(x)] == expected
+
+
+def test_a_copy_stays_whose_strides_a_written_view_needs(rewrite_equal: Any) -> None:
+    class Copied(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.clone().transpose(0, -1).clone().transpose(0, -1)
+            y[:1].mul_(2)
+            return y.add_(0).view(6, 12) * 2
+
+    part = integer_tensor((2, 3, 24), seed=0)[..., :12]
+    report = rewrite_equal(Copied(), [part], passes="same_input_linears", dynamic=False, fill=False).report
+    assert not [miss.reason for miss in report.misses if "undone" in miss.reason]

@@ -29,6 +29,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import gradients
 import near_misses
 import spelled_blocks
 import torch
@@ -44,7 +45,7 @@ RESULTS = ROOT / ".cache" / "nightly"
 SUMMARY = ROOT / "docs" / "nightly.md"
 # Below it nothing is written anew.
 NOTES = "\n## Notes\n"
-COUNTS = {"spellings": 10_000, "near_misses": 100_000, "whole_graphs": 5_000}
+COUNTS = {"spellings": 10_000, "near_misses": 100_000, "whole_graphs": 5_000, "gradients": 2_000}
 
 
 # Seconds between two writings of what is known so far.
@@ -169,7 +170,35 @@ class WholeGraphs:
         return self.known.wrong
 
 
-SUITES = {"spellings": Spellings, "near_misses": NearMisses, "whole_graphs": WholeGraphs}
+class Gradients:
+    def __init__(self, tally: dict[str, Any]) -> None:
+        self.known = _loaded(gradients.Tally, tally)
+
+    def step(self, first: int, number: int) -> None:
+        gradients.judge(first + number, self.known)
+
+    def tally(self) -> dict[str, Any]:
+        return _plain(self.known)
+
+    def lines(self) -> list[str]:
+        known = self.known
+        return [
+            f"{known.graphs:,} graphs and their gradients, {known.rewritten:,} of them rewritten; "
+            f"{known.untrainable:,} more cannot be differentiated as they are. {len(known.wrong)} wrong, "
+            f"{len(known.undone)} undone."
+        ]
+
+    def wrong(self) -> list[str]:
+        return [*self.known.wrong, *self.known.undone]
+
+
+Suite = Spellings | NearMisses | WholeGraphs | Gradients
+SUITES: dict[str, Any] = {
+    "spellings": Spellings,
+    "near_misses": NearMisses,
+    "whole_graphs": WholeGraphs,
+    "gradients": Gradients,
+}
 
 
 def run(asked: Result, minutes: float, resume: bool = False) -> None:
@@ -229,9 +258,10 @@ def _added(a: Any, b: Any) -> Any:
     return a if isinstance(a, str) else a + b
 
 
-def counted(results: list[Result]) -> Spellings | NearMisses | WholeGraphs:
+def counted(results: list[Result]) -> Suite:
     """All processes' shares of one suite together."""
-    return SUITES[results[0].suite](reduce(_added, (result.tally for result in results)))
+    made: Suite = SUITES[results[0].suite](reduce(_added, (result.tally for result in results)))
+    return made
 
 
 def summary(suites: list[list[Result]]) -> str:
@@ -292,7 +322,11 @@ def main() -> int:
     arguments = parser.parse_args()
     _quietly()
     if arguments.command == "replay":
-        suites = {"near_misses": near_misses.replay, "whole_graphs": whole_graphs.replay}
+        suites = {
+            "near_misses": near_misses.replay,
+            "whole_graphs": whole_graphs.replay,
+            "gradients": gradients.replay,
+        }
         if arguments.suite == "spellings":
             print(spelled_blocks.replay(arguments.block, arguments.seed))
         else:

@@ -97,9 +97,11 @@ def delta_step(
     returned: bool = False,
     undecayed: bool = False,
     joined: bool = False,
+    keyed: bool = False,
 ) -> Callable[..., Any]:
     """Query and key have two heads; `early`: normalised before those are repeated.
 
+    `keyed`: the rate multiplies the key.
     `undecayed`: the memory is read before it decays, which is another rule. `joined`: read by a product of
     matrices, whose rows are the heads side by side.
     """
@@ -114,6 +116,7 @@ def delta_step(
         moved = state * decay.exp()[..., None, None]
         known, b = ((state if undecayed else moved) * k[..., None]).sum(-2), b[..., None]
         delta = v * b - known * b if apart else (v - known) * b
+        k, delta = (k * b, v - known) if keyed else (k, delta)
         moved = moved + k[..., None] * delta[..., None, :]
         out = (moved * (q * D**-0.5)[..., None]).sum(-2)
         out = out[:, :, None].transpose(1, 2).contiguous().to(query.dtype)
@@ -165,6 +168,8 @@ DELTA_STEPS: dict[str, Callable[..., Any]] = {
     "einsum": delta_step(lambda x: x * torch.rsqrt(torch.einsum("...d,...d->...", x, x)[..., None] + EPS)),
     "mean times n": delta_step(lambda x: x * torch.rsqrt(x.square().mean(-1, keepdim=True) * D + EPS)),
     "the rate on value and memory": delta_step(apart=True),
+    "the rate on the key": delta_step(keyed=True),
+    "the rate on the key, normalised early": delta_step(early=True, keyed=True),
     "heads side by side at once": delta_step(joined=True),
     "in place": in_place(lambda state, k, v: state.add_(k.unsqueeze(-1) * v.unsqueeze(-2))),
     "in place, addcmul": in_place(lambda state, k, v: state.addcmul_(k[..., None], v[..., None, :])),

@@ -12,7 +12,7 @@ def test_a_sample_of_programs_holds() -> None:
     assert {passes_of(seed) for seed in seeds} == {ALL, FUSING}
     tally = run(seeds)
     assert tally.wrong == [], "\n".join(tally.wrong)
-    assert tally.matched["same_input_linears"] > 4 and tally.matched["layout_chains"] > 1
+    assert tally.matched["same_input_linears"] > 2 and tally.matched["layout_chains"] > 1
     assert len(tally.matched) > 4
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
@@ -147,17 +148,19 @@ def _attribute(module: nn.Module, name: str) -> Any:
 
 def mutant_of(base: Traced, rng: random.Random, kinds: Sequence[str], copy_weights: bool) -> TracedMutant:
     """One change of a traced graph that leaves it able to run; raises ValueError where none is found."""
+    module: GraphModule | None = None
     for kind in kinds:
         for _ in range(ATTEMPTS):
-            module = _copy(base.module)
+            module = _copy(base.module) if module is None else module
             try:
                 change = CHANGES[kind](module, dict(base.values), rng)
                 module.graph.lint()
-                evaluate(module, copy.deepcopy(base.inputs), {})
+                evaluate(module, copy.deepcopy(base.inputs))
                 program, tensors = _program(module, base, copy_weights)
-            except ImpossibleError:
+            except ImpossibleError:  # which leaves the graph as it was
                 break
             except Exception:  # the changed graph does not run: another one
+                module = None
                 continue
             return TracedMutant(program, tensors, kind, change)
     raise ValueError("no change was found that this graph survives")
@@ -173,7 +176,8 @@ def _program(module: GraphModule, base: Traced, copy_weights: bool) -> tuple[Pro
         name = first_name.get(id(_attribute(module, str(node.target))))
         if name is not None:
             read[name].append(node)
-    changed = _first_change(module, base.module)
+    turned = [node for node in graph.nodes if _turns(node)]
+    changed = None if turned else _first_change(module, base.module)
     first, weights = graph.find_nodes(op="placeholder")[0], {}
     refused = live_weights.refusals(named)
     refused |= {
@@ -190,6 +194,10 @@ def _program(module: GraphModule, base: Traced, copy_weights: bool) -> tuple[Pro
             node.replace_all_uses_with(placeholder)
             graph.erase_node(node)
         weights[placeholder.name] = Weight(name, named[name].requires_grad, refused.get(name))
+    for node in graph.find_nodes(op="placeholder") if turned else ():
+        value = node.meta["val"]
+        if isinstance(value, Tensor):  # which a call may turn in place: the other mutants have it, too
+            node.meta["val"] = value.detach()
     started = False
     for node in graph.nodes:
         started = started or node is changed
@@ -198,6 +206,11 @@ def _program(module: GraphModule, base: Traced, copy_weights: bool) -> tuple[Pro
     program = Program(module, weights, mode, grad_enabled=False, copy_weights=copy_weights)
     program.refresh()
     return program, [*(parameter.detach() for parameter in named.values()), *base.inputs]
+
+
+def _turns(node: Node) -> bool:
+    """Whether a call changes the sizes of a tensor in place."""
+    return isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags
 
 
 def _first_change(module: GraphModule, base: GraphModule) -> Node | None:

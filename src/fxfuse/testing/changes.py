@@ -24,6 +24,7 @@ from fxfuse.testing.graph_edits import (
     some,
     written,
 )
+from fxfuse.testing.shared_memory import SHARED_MEMORY
 from fxfuse.testing.unusual_values import UNUSUAL
 
 __all__ = ["CHANGES", "ImpossibleError"]
@@ -345,4 +346,5 @@ CHANGES: dict[str, Callable[[GraphModule, Values, random.Random], str]] = {
     "a computed weight": _computed_weight,
     "a call left out": _dropped,
     **UNUSUAL,
+    **SHARED_MEMORY,
 }

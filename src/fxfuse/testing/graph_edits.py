@@ -19,6 +19,8 @@ __all__ = [
     "insert",
     "instead",
     "is_call",
+    "read_instead",
+    "readable",
     "some",
     "written",
 ]
@@ -55,6 +57,11 @@ def floating(module: GraphModule, values: Values) -> list[Node]:
     ]
 
 
+def readable(module: GraphModule, values: Values) -> list[Node]:
+    """Those of them that somebody reads, and that have dimensions."""
+    return [node for node in floating(module, values) if node.users and values[node.name].dim()]
+
+
 def _overload(name: str, args: tuple[Any, ...]) -> OpOverload:
     """The ATen operator that a call of that name reaches; whatever is a node counts as a tensor."""
     tensor = torch.empty(0)
@@ -79,6 +86,15 @@ def insert(after: Node, name: str, *args: Any) -> Node:
 def instead(node: Node, last: Node, first: Node) -> None:
     """Everything reads `last` in the place of `node`, except `first`, from which `last` is computed."""
     node.replace_all_uses_with(last, delete_user_cb=lambda user: user is not first)
+
+
+def read_instead(rng: random.Random, node: Node, last: Node, first: Node) -> None:
+    """All the readers of a node, or one of them, read `last` instead; `first` is computed from the node."""
+    readers = [user for user in node.users if user is not first and user > last]
+    if rng.random() < 0.5 or not readers:
+        instead(node, last, first)
+    else:
+        rng.choice(readers).replace_input_with(node, last)
 
 
 def added_output(module: GraphModule, node: Node) -> None:

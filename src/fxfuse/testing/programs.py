@@ -46,7 +46,7 @@ def random_program(
     Args:
         blocks: names in `fxfuse.testing.blocks.BLOCKS`; by default those on which rewrites are bit-equal.
         dynamic: leading sizes are asked of tensors, never written as numbers.
-        writes: some values are written in place between the blocks.
+        writes: between the blocks some values are written or turned in place, detached, or copied.
         length: of the sequences; drawn where it is not given. Blocks of decoding need 1.
     """
     s = Speller(rng, seed=seed, dynamic=dynamic)
@@ -73,10 +73,26 @@ def random_program(
         names.append(name)
         s.prefix = f"glue{len(names)}_"
         if writes and rng.random() < 0.3:
-            s.call(rng.choice(("add_", "mul_")), rng.choice([x, *made]), 2)
+            outputs += _between(s, rng.choice([x, *made]))
         outputs += rng.sample(made, rng.randint(1, len(made)))
         x = _next(s, x, hidden)
     return RandomProgram(s.module(*outputs, x), tuple(s.inputs), tuple(names))
+
+
+def _between(s: Speller, x: Node) -> list[Node]:
+    """A write, sizes that change in place and back, a view of what is detached, or a copy that is written."""
+    kind = s.rng.choice(("written", "written", "detached", "copied", "turned"))
+    if kind == "written":
+        s.call(s.rng.choice(("add_", "mul_")), x, 2)
+    elif kind == "turned":
+        s.call("transpose_", s.call("transpose_", x, 0, -1), 0, -1)
+    elif kind == "detached":
+        return [s.call("narrow", s.call("detach", x), 0, 0, 1)]
+    else:
+        copy = s.call("clone", x)
+        s.call("mul_", s.call("narrow", copy, 0, 0, 1), 3)
+        return [copy]
+    return []
 
 
 def _next(s: Speller, x: Node, hidden: int) -> Node:

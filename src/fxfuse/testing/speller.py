@@ -259,15 +259,29 @@ class Speller:
     def softplus(self, x: Node) -> Node:
         return self.same(self.spell("softplus", x))
 
-    def convolution(self, x: Node, name: str, taps: int, *, causal: bool, bias: bool = False) -> Node:
-        """Each channel of [B, C, T] with `taps` weights of its own; as long as x where it is causal."""
+    def convolution(
+        self, x: Node, name: str, taps: int, *, causal: bool, bias: bool = False, by_hand: bool = False
+    ) -> Node:
+        """Each channel of [B, C, T] with `taps` weights of its own; as long as x where it is causal.
+
+        With `by_hand` it may be a sum of products; one that is not causal is then of `taps` columns.
+        """
         channels, padding = self.shape(x)[1], taps - 1 if causal else 0
         self.own(name, lambda: nn.Conv1d(channels, channels, taps, 1, padding, groups=channels, bias=bias))
-        return self.same(self.spell("causal" if causal else "depthwise", self.same(x), name))
+        operation = ("depthwise", "window", "causal", "causal_or_by_hand")[2 * causal + by_hand]
+        return self.same(self.spell(operation, self.same(x), name))
 
-    def attend(self, q: Node, k: Node, v: Node, mask: Node | None = None, causal: bool = False) -> Node:
-        """Scaled dot product attention over [B, H, T, D]."""
-        return self.same(self.spell("attend", q, k, v, mask, causal))
+    def attend(
+        self,
+        q: Node,
+        k: Node,
+        v: Node,
+        mask: Node | None = None,
+        causal: bool = False,
+        by_hand: bool = False,
+    ) -> Node:
+        """Scaled dot product attention over [B, H, T, D]; with `by_hand` it may be products and a softmax."""
+        return self.same(self.spell("attend_or_by_hand" if by_hand else "attend", q, k, v, mask, causal))
 
     def rotate(self, x: Node, cos: Node, sin: Node) -> Node:
         """x · cos + (−b, a) · sin for x = (a, b)."""

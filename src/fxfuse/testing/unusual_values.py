@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
 from fxfuse.testing.graph_edits import (
@@ -17,6 +17,8 @@ from fxfuse.testing.graph_edits import (
     insert,
     instead,
     is_call,
+    read_instead,
+    readable,
     some,
     written,
 )
@@ -24,34 +26,21 @@ from fxfuse.testing.graph_edits import (
 __all__ = ["UNUSUAL"]
 
 
-def _read(module: GraphModule, values: Values) -> list[Node]:
-    return [node for node in floating(module, values) if node.users and values[node.name].dim()]
-
-
-def _for_some(rng: random.Random, node: Node, last: Node, first: Node) -> None:
-    """All the readers of a node, or one of them, read `last` instead."""
-    readers = [user for user in node.users if user is not first and user > last]
-    if rng.random() < 0.5 or not readers:
-        instead(node, last, first)
-    else:
-        rng.choice(readers).replace_input_with(node, last)
-
-
 def _compared_in_place(module: GraphModule, values: Values, rng: random.Random) -> str:
     """A copy becomes truth values that keep its dtype."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     copy = insert(node, "clone", node)
     kind = rng.choice(("lt_", "ge_", "eq_", "logical_not_", "logical_and_", "sign_"))
     more = {"logical_and_": (node,), "logical_not_": (), "sign_": ()}.get(kind, (rng.choice((0, 0.5, 1)),))
     done = written(copy, kind, copy, *more)
     kept = insert(done, "sub", done, rng.choice((0, 0.5)))
-    _for_some(rng, node, kept, copy)
+    read_instead(rng, node, kept, copy)
     return f"{node.name} is compared by {kind}"
 
 
 def _complex(module: GraphModule, values: Values, rng: random.Random) -> str:
     """Pairs of elements are complex numbers for a while, as in a rotation by angles."""
-    pairs = [n for n in _read(module, values) if values[n.name].shape[-1] % 2 == 0]
+    pairs = [n for n in readable(module, values) if values[n.name].shape[-1] % 2 == 0]
     node = some(rng, [n for n in pairs if values[n.name].dtype == torch.float32])
     shape = list(values[node.name].shape)
     first = insert(node, "reshape", node, [*shape[:-1], shape[-1] // 2, 2])
@@ -72,13 +61,13 @@ def _complex(module: GraphModule, values: Values, rng: random.Random) -> str:
     plain = insert(last, "resolve_conj", last)
     parts = insert(plain, "view_as_real", plain)
     back = insert(parts, "reshape", parts, shape)
-    _for_some(rng, node, back, first)
+    read_instead(rng, node, back, first)
     return f"{node.name}: {kind}"
 
 
 def _negative_view(module: GraphModule, values: Values, rng: random.Random) -> str:
     """The negative of a value without a copy, or by one that is written before it is undone."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     first = insert(node, rng.choice(("_neg_view", "neg")), node)
     kind = rng.choice(("read", "undone", "written"))
     last = first
@@ -87,15 +76,24 @@ def _negative_view(module: GraphModule, values: Values, rng: random.Random) -> s
         last = insert(part, "fill_", part, 5.0)
     again = ("mul", first, rng.choice((1, 2))) if kind == "read" else ("neg", first)
     last = insert(last, *again)
-    _for_some(rng, node, last, first)
+    read_instead(rng, node, last, first)
     return f"{node.name}: its negative is {kind}"
+
+
+def _between(sizes: Tensor, share: float) -> float:
+    """Larger than about that share of the sizes, and none of them: rounding takes nothing across it."""
+    ordered = sizes.unique()
+    last = int(share * (len(ordered) - 1))
+    above = ordered[last + 1] if last + 1 < len(ordered) else 2 * ordered[last]
+    return float(ordered[last] + above) / 2
 
 
 def _limited(module: GraphModule, values: Values, rng: random.Random) -> str:
     """Large values are cut off, where an input may be larger than any that a block is written for."""
-    node = some(rng, [n for n in _read(module, values) if values[n.name].numel()])
+    node = some(rng, [n for n in readable(module, values) if values[n.name].numel()])
     larger = rng.choice((1, 1, 16))
-    limit = max(float(values[node.name].abs().double().quantile(rng.choice((0.5, 0.8)))), 0.5) * larger
+    given = some(rng, [n for n in floating(module, values) if n.op == "placeholder" and n.users])
+    limit = max(_between(values[node.name].abs().double(), rng.choice((0.5, 0.8))), 0.5) * larger
     kind = rng.choice(("clamp", "clamp_max", "clamp_min", "masked_fill", "mul"))
     if kind == "clamp":
         first = last = insert(node, kind, node, -limit, limit)
@@ -106,7 +104,6 @@ def _limited(module: GraphModule, values: Values, rng: random.Random) -> str:
         last = insert(first, kind, node, first, *((0.0,) if kind == "masked_fill" else ()))
     node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in (first, last))
     if larger > 1:
-        given = some(rng, [n for n in floating(module, values) if n.op == "placeholder" and n.users])
         scaled = insert(given, "mul", given, larger)
         instead(given, scaled, scaled)
     return f"{node.name}: {kind} beyond {limit:.3g}"
@@ -163,7 +160,7 @@ def _batched_weight(module: GraphModule, values: Values, rng: random.Random) -> 
 
 def _written_constant(module: GraphModule, values: Values, rng: random.Random) -> str:
     """A tensor made in the graph is written before it is used."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     value, kind = values[node.name], rng.choice(("arange", "ones_like", "new_zeros", "full"))
     last = value.shape[-1]
     if kind == "arange":
@@ -211,19 +208,19 @@ def _shared_outputs(module: GraphModule, values: Values, rng: random.Random) -> 
 
 def _stride_zero(module: GraphModule, values: Values, rng: random.Random) -> str:
     """One row stands for all of them, in memory once."""
-    node = some(rng, [n for n in _read(module, values) if values[n.name].shape[0] > 0])
+    node = some(rng, [n for n in readable(module, values) if values[n.name].shape[0] > 0])
     shape, dim = list(values[node.name].shape), rng.randrange(values[node.name].dim())
     if not shape[dim]:
         raise ImpossibleError
     first = insert(node, "narrow", node, dim, 0, 1)
     last = insert(first, "expand", first, shape)
-    _for_some(rng, node, last, first)
+    read_instead(rng, node, last, first)
     return f"{node.name}: one for all along {dim}"
 
 
 def _nothing_of_it(module: GraphModule, values: Values, rng: random.Random) -> str:
     """A part without elements is joined to a value, or goes its way beside it."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     dim = rng.randrange(values[node.name].dim())
     first = insert(node, "narrow", node, dim, 0, 0)
     if rng.random() < 0.5:
@@ -236,7 +233,7 @@ def _nothing_of_it(module: GraphModule, values: Values, rng: random.Random) -> s
 
 def _counts(module: GraphModule, values: Values, rng: random.Random) -> str:
     """Whole numbers meet a neutral number of another type, which makes them floating."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     truth = insert(node, "gt", node, 0)
     counts = last = insert(truth, "to", truth, rng.choice((torch.int64, torch.int32)))
     if rng.random() < 0.5:
@@ -271,7 +268,7 @@ def _read_by_strides(module: GraphModule, values: Values, rng: random.Random) ->
 
 def _overlapping(module: GraphModule, values: Values, rng: random.Random) -> str:
     """A call writes its result to memory made for it, or to that of a value that is read before."""
-    node = some(rng, _read(module, values))
+    node = some(rng, readable(module, values))
     empty = insert(node, rng.choice(("empty_like", "ones_like", "clone")), node)
     made = insert(empty, rng.choice(("relu", "abs", "neg")), node)
     stored = written(made, "copy_", empty, made)

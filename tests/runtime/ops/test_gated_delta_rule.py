@@ -134,6 +134,21 @@ def test_a_gradient_of_one_output_alone_is_enough() -> None:
     assert all(x.grad is not None for x in given[1:])
 
 
+def test_what_nobody_asks_for_has_no_gradient_of_zeros(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[bool, bool]] = []
+    backward = op.chunk_gated_delta_rule_backward
+
+    def recorded(grad_out: Any, grad_state: Any, *rest: Any) -> Any:
+        seen.append((grad_out is None, grad_state is None))
+        return backward(grad_out, grad_state, *rest)
+
+    monkeypatch.setattr(op, "chunk_gated_delta_rule_backward", recorded)
+    given = [x.requires_grad_() for x in inputs(5)]
+    for output in (0, 1):
+        chunk_gated_delta_rule(*given, True)[output].sum().backward()
+    assert seen == [(False, True), (True, False)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_zero_keys_extreme_decays_and_large_values_give_numbers(dtype: torch.dtype) -> None:
     given = inputs(65, state=False)

@@ -59,9 +59,9 @@ def _write_prologue(s: Speller, sizes: Sizes, x: Node, cached: bool) -> list[Nod
         positions = s.input(torch.arange(sizes["length"]) + 3)
         k, v = s.spell("write_at", keys, positions, k), s.spell("write_at", values, positions, v)
     k, v = s.repeat_heads(k, ratio), s.repeat_heads(v, ratio)
-    y = s.transpose(s.attend(q, k, v), 1, 2)
+    y = s.transpose(s.attend(q, k, v, by_hand=True), 1, 2)
     if gate is not None:
-        y = s.mul(y, s.sigmoid(gate))
+        y = s.spell("times_sigmoid", y, gate)
     return [projected(s, y, sizes)]
 
 
@@ -91,7 +91,7 @@ def _query(s: Speller, sizes: Sizes, x: Node) -> Node:
 def _write_shared(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     q = _query(s, sizes, x)
     k, v = (s.repeat_heads(t, sizes["ratio"]) for t in _keys_and_values(s, sizes, sizes["heads"]))
-    return [projected(s, s.transpose(s.attend(q, k, v, _mask(s, sizes)), 1, 2), sizes)]
+    return [projected(s, s.transpose(s.attend(q, k, v, _mask(s, sizes), by_hand=True), 1, 2), sizes)]
 
 
 def _write_one_query(s: Speller, sizes: Sizes, x: Node) -> list[Node]:

@@ -32,7 +32,7 @@ def _log_decay(s: Speller, a: Node, heads: int) -> Node:
     dt_bias = s.parameter("dt_bias", seeded(s, "dt_bias", heads))
     decay = s.exp(s.cast(a_log, torch.float32))
     shifted = s.add(s.cast(a, torch.float32), dt_bias)
-    return s.mul(s.neg(decay), s.softplus(shifted))
+    return s.same(s.spell("minus_product", decay, s.softplus(shifted)))
 
 
 def _chunked_rule(
@@ -112,7 +112,7 @@ def _rows(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
 
 def _normalised(s: Speller, x: Node) -> Node:
     wide = s.cast(x, torch.float32)
-    return s.mul(wide, s.rsqrt(s.add(s.sum(s.square(wide)), 1e-6)))
+    return s.mul(wide, s.rsqrt(s.add(s.spell("sum_square", wide), 1e-6)))
 
 
 def _convolved(s: Speller, sizes: Sizes, mixed: Node) -> Node:
@@ -122,9 +122,9 @@ def _convolved(s: Speller, sizes: Sizes, mixed: Node) -> Node:
     window = s.cat([conv_state, s.transpose(mixed, 1, 2)])
     last = s.split(window, [1, sizes["taps"]])[1]
     s.spell("write", conv_state, last)
-    read = last if sizes["cut"] else window
-    y = s.convolution(read, "conv1d", sizes["taps"], causal=False)
-    y = y if sizes["cut"] else s.split(y, [1, 1])[1]
+    cut = bool(sizes["cut"])
+    y = s.convolution(last if cut else window, "conv1d", sizes["taps"], causal=False, by_hand=cut)
+    y = y if cut else s.split(y, [1, 1])[1]
     return s.transpose(s.silu(y), 1, 2)
 
 

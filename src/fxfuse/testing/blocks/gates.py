@@ -11,7 +11,7 @@ from fxfuse.testing.speller import Speller
 def _write_swiglu(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     gate = s.linear(x, 2 * sizes["hidden"], name="gate_proj")
     up = s.linear(x, 2 * sizes["hidden"], name="up_proj")
-    return [s.linear(s.mul(s.silu(gate), up), sizes["hidden"], name="down_proj")]
+    return [s.linear(s.spell("times_silu", gate, up), sizes["hidden"], name="down_proj")]
 
 
 def _draw_gated(rng: random.Random) -> Sizes:
@@ -26,7 +26,7 @@ def _write_sigmoid_gate(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     gate = s.reshape(s.linear(x, heads * head, name="gate"), batch, length, heads, head)
     if sizes["joined"]:
         attended, gate = (s.reshape(t, batch, length, heads * head) for t in (attended, gate))
-    return [projected(s, s.mul(attended, s.sigmoid(gate)), sizes)]
+    return [projected(s, s.spell("times_sigmoid", attended, gate), sizes)]
 
 
 BLOCKS = (

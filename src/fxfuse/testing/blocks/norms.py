@@ -12,14 +12,13 @@ __all__ = ["BLOCKS", "normed", "zero_centred"]
 def normed(s: Speller, x: Node, eps: float) -> Node:
     """x in fp32, divided by the root of its mean square over the last dimension."""
     wide = s.cast(x, torch.float32)
-    scale = s.rsqrt(s.add(s.mean(s.square(wide)), eps))
-    return s.mul(wide, scale)
+    return s.same(s.spell("normed", wide, eps))
 
 
 def zero_centred(s: Speller, x: Node, name: str) -> Node:
     """normed(x) · (1 + w), in x's dtype."""
     weight = s.parameter(f"{name}.weight", seeded(s, f"{name}.weight", s.shape(x)[-1]) - 1)
-    scaled = s.mul(normed(s, x, 1e-6), s.add(s.cast(weight, torch.float32), 1.0))
+    scaled = s.same(s.spell("times_one_plus", normed(s, x, 1e-6), s.cast(weight, torch.float32)))
     return s.cast(scaled, s.value(x).dtype, x)
 
 

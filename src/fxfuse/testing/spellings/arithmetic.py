@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
-from fxfuse.testing.spellings.spelling import Spelling, require
+from fxfuse.testing.spellings.spelling import Spelling, letters, require
 
 if TYPE_CHECKING:
     from fxfuse.testing.speller import Speller
@@ -94,6 +94,29 @@ def _two_by_name(function: Callable[..., Any]) -> Spelling:
     return _needs_two_tensors(lambda s, a, b: s.call(function, input=a, other=b))
 
 
+def _expanded(s: "Speller", a: Any, b: Any) -> Node:
+    _needs_tensor(s, a)
+    _needs_tensor(s, b)
+    first, second = s.shape(a), s.shape(b)
+    require(first != second and torch.broadcast_shapes(first, second) == first)
+    return s.call(operator.mul, a, s.call("expand_as", b, a))
+
+
+def _letter_by_letter(s: "Speller", a: Any, b: Any) -> Node:
+    _needs_tensor(s, a)
+    _needs_tensor(s, b)
+    shape, dtypes = s.shape(a), {s.value(a).dtype, s.value(b).dtype}
+    require(len(shape) > 1 and shape == s.shape(b) and len(dtypes) == 1)
+    names = letters(len(shape))
+    return s.call(torch.einsum, f"{names},{names}->{names}", a, b)
+
+
+def _number_as_tensor(s: "Speller", a: Any, b: Any) -> Node:
+    _needs_tensor(s, a)
+    require(type(b) is float)
+    return s.call(operator.add, a, s.call(torch.tensor, b))
+
+
 ADD: dict[str, Spelling] = {
     "a + b": _two(operator.add),
     "b + a": _two(operator.add, swap=True),
@@ -106,6 +129,7 @@ ADD: dict[str, Spelling] = {
     "a - (-b)": lambda s, a, b: s.call(operator.sub, a, s.spell("neg", b) if isinstance(b, Node) else -b),
     "clone, add_": _in_place("add_"),
     "clone, +=": _in_place(operator.iadd),
+    "a + torch.tensor(n)": _number_as_tensor,
 }
 
 SUB: dict[str, Spelling] = {
@@ -130,6 +154,9 @@ MUL: dict[str, Spelling] = {
     "torch.mul(input=, other=)": _two_by_name(torch.mul),
     "clone, mul_": _in_place("mul_"),
     "clone, *=": _in_place(operator.imul),
+    "a * b.expand_as(a)": _expanded,
+    "-(-a * b)": lambda s, a, b: s.call(operator.neg, s.call(operator.mul, s.spell("neg", a), b)),
+    "einsum": _letter_by_letter,
 }
 
 NEG: dict[str, Spelling] = {
@@ -169,4 +196,30 @@ RSQRT: dict[str, Spelling] = {
     "x.pow(-0.5)": lambda s, x: s.call("pow", x, -0.5),
     "x ** -0.5": lambda s, x: s.call(operator.pow, x, -0.5),
     "torch.pow(x, -0.5)": lambda s, x: s.call(torch.pow, x, -0.5),
+    "clone, rsqrt_": lambda s, x: s.call("rsqrt_", s.call("clone", x)),
+    "x.reciprocal().sqrt()": lambda s, x: s.call("sqrt", s.call("reciprocal", x)),
+}
+
+
+# -a · b
+
+MINUS_PRODUCT: dict[str, Spelling] = {
+    "(-a) * b": lambda s, a, b: s.mul(s.neg(a), b),
+    "a * (-b)": lambda s, a, b: s.mul(a, s.neg(b)),
+    "-(a * b)": lambda s, a, b: s.neg(s.mul(a, b)),
+}
+
+
+def _distributed(s: "Speller", x: Node, w: Node) -> Node:
+    return s.call(operator.add, x, s.call(operator.mul, x, w))
+
+
+# x · (1 + w)
+
+TIMES_ONE_PLUS: dict[str, Spelling] = {
+    "x * (1 + w)": lambda s, x, w: s.mul(x, s.add(w, 1.0)),
+    "x + x * w": _distributed,
+    "addcmul(x, x, w)": lambda s, x, w: s.call(torch.addcmul, x, x, w),
+    "x * (1 - (-w))": lambda s, x, w: s.mul(x, s.call(operator.sub, 1, s.spell("neg", w))),
+    'einsum("...d,d->...d")': lambda s, x, w: s.call(torch.einsum, "...d,d->...d", x, s.add(w, 1.0)),
 }

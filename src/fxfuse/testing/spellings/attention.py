@@ -43,6 +43,36 @@ ATTEND: dict[str, Spelling] = {
     ),
 }
 
+
+def _masked(s: "Speller", scores: Node, mask: Node | None) -> Node:
+    if mask is None:
+        return scores
+    if s.value(mask).dtype == torch.bool:
+        return s.call("masked_fill", scores, s.call(operator.invert, mask), -torch.inf)
+    return s.add(scores, mask)
+
+
+def _by_hand(early: bool) -> Spelling:
+    """The query is scaled, or the scores are."""
+
+    def written(s: "Speller", q: Node, k: Node, v: Node, mask: Node | None, causal: bool) -> Node:
+        require(not causal)
+        scale = s.shape(q)[-1] ** -0.5
+        q = s.mul(q, scale) if early else q
+        scores = s.call(torch.matmul, q, s.spell("transpose", k, 2, 3))
+        scores = _masked(s, scores if early else s.mul(scores, scale), mask)
+        shares = s.call(F.softmax, scores, dim=-1, dtype=torch.float32)
+        return s.call(operator.matmul, s.cast(shares, s.value(v).dtype, v), v)
+
+    return written
+
+
+ATTEND_OR_BY_HAND: dict[str, Spelling] = {
+    **ATTEND,
+    "softmax(q @ k.mT * scale) @ v": _by_hand(early=False),
+    "softmax((q * scale) @ k.mT) @ v": _by_hand(early=True),
+}
+
 # (a, b) → (-b, a), by halves of the last dimension.
 
 
@@ -77,12 +107,20 @@ def _by_writing(s: "Speller", x: Node) -> Node:
     return out
 
 
+def _by_signs(s: "Speller", x: Node) -> Node:
+    half = s.shape(x)[-1] // 2
+    signs = s.call(torch.tensor, [-1.0] * half + [1.0] * half, dtype=s.value(x).dtype)
+    first, second = _halves(s, x)
+    return s.mul(s.cat([second, first]), signs)
+
+
 HALF_TURN: dict[str, Spelling] = {
     "cat([-b, a])": _by_cat,
     "stack([-b, a]).flatten": _by_stack,
     "unflatten, select": _by_pairs,
     "roll, cat": lambda s, x: _rolled(s, x),
     "written into empty": _by_writing,
+    "cat([b, a]) * signs": _by_signs,
 }
 
 

@@ -1,4 +1,4 @@
-"""Ways to write a depthwise convolution over time, and one that sees no later token."""
+"""Ways to write a depthwise convolution over time, a causal one, and one of a single window."""
 
 import operator
 from typing import TYPE_CHECKING, Any
@@ -133,4 +133,78 @@ CAUSAL: dict[str, Spelling] = {
         lambda s, x, n: s.call_module(f"pad_{n}", nn.ConstantPad1d((n, 0), 0.0), x)
     ),
     "zeros before, F.conv1d": _padded_before(_zeros_before),
+}
+
+
+# The same as sums of products with the taps
+
+
+def _plus_bias(s: "Speller", y: Node, name: str) -> Node:
+    bias = _bias(s, name)
+    return y if bias is None else s.add(y, s.call("unsqueeze", bias, -1))
+
+
+def _shifted_products(s: "Speller", x: Node, name: str) -> Node:
+    taps, length = s.spell("taps", _weight(s, name)), s.shape(x)[-1]
+    count = s.shape(taps)[-1]
+    padded = s.call(F.pad, x, (count - 1, 0))
+    parts = [
+        s.mul(s.call("narrow", padded, -1, i, length), s.call(operator.getitem, taps, (slice(None), i, None)))
+        for i in range(count)
+    ]
+    total = parts[0]
+    for part in parts[1:]:
+        total = s.add(total, part)
+    return _plus_bias(s, total, name)
+
+
+def _windows(s: "Speller", x: Node, name: str) -> tuple[Node, Node]:
+    taps = s.spell("taps", _weight(s, name))
+    count = s.shape(taps)[-1]
+    return s.call("unfold", s.call(F.pad, x, (count - 1, 0)), -1, count, 1), taps
+
+
+def _windows_by_einsum(s: "Speller", x: Node, name: str) -> Node:
+    windows, taps = _windows(s, x, name)
+    return _plus_bias(s, s.call(torch.einsum, "bctk,ck->bct", windows, taps), name)
+
+
+def _windows_summed(s: "Speller", x: Node, name: str) -> Node:
+    windows, taps = _windows(s, x, name)
+    return _plus_bias(s, s.call("sum", s.mul(windows, s.call("unsqueeze", taps, 1)), -1), name)
+
+
+CAUSAL_OR_BY_HAND: dict[str, Spelling] = {
+    **CAUSAL,
+    "shifted products": _shifted_products,
+    "unfold, einsum": _windows_by_einsum,
+    "unfold, sum": _windows_summed,
+}
+
+# [B, C, K] with K taps for each channel: [B, C, 1].
+
+
+def _window(dot: Spelling) -> Spelling:
+    def written(s: "Speller", x: Node, name: str) -> Node:
+        require(s.owned(name).bias is None)
+        y = dot(s, x, s.spell("taps", _weight(s, name)))
+        return y if len(s.shape(y)) == 3 else s.call("unsqueeze", y, -1)
+
+    return written
+
+
+def _tap_by_tap(s: "Speller", x: Node, taps: Node) -> Node:
+    columns = [s.call("select", x, 2, i) for i in range(s.shape(taps)[-1])]
+    total = s.mul(columns[0], s.call("select", taps, 1, 0))
+    for i, column in enumerate(columns[1:], 1):
+        total = s.call(torch.addcmul, total, column, s.call("select", taps, 1, i))
+    return total
+
+
+WINDOW: dict[str, Spelling] = {
+    **DEPTHWISE,
+    "(x * taps).sum(-1, keepdim=True)": _window(lambda s, x, taps: s.sum(s.mul(x, taps))),
+    "einsum": _window(lambda s, x, taps: s.call(torch.einsum, "bck,ck->bc", x, taps)),
+    "vecdot": _window(lambda s, x, taps: s.call(torch.linalg.vecdot, x, taps)),
+    "tap by tap": _window(_tap_by_tap),
 }

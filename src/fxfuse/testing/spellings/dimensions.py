@@ -109,6 +109,11 @@ def _broadcast_heads(s: "Speller", x: Node, times: int) -> Node:
     return _joined(s, s.call(torch.broadcast_to, s.call("unsqueeze", x, 2), (b, h, times, t, d)))
 
 
+def _one_head_expanded(s: "Speller", x: Node, times: int) -> Node:
+    require(s.shape(x)[1] == 1)
+    return s.call("expand", x, -1, times, -1, -1)
+
+
 REPEAT_HEADS: dict[str, Spelling] = {
     "expand, reshape": _expanded_heads,
     "x[:, :, None], expand": _indexed_heads,
@@ -117,6 +122,10 @@ REPEAT_HEADS: dict[str, Spelling] = {
         s, s.call("repeat", s.call("unsqueeze", x, 2), 1, 1, times, 1, 1)
     ),
     "stack, flatten": _stacked_heads,
+    "unsqueeze, tile, flatten": lambda s, x, times: _joined(
+        s, s.call("tile", s.call("unsqueeze", x, 2), (1, 1, times, 1, 1))
+    ),
+    "one head, expanded": _one_head_expanded,
     "broadcast_to, flatten": _broadcast_heads,
     "index_select": _chosen_heads,
     "repeat_interleave(repeats=, dim=)": lambda s, x, times: s.call(

@@ -101,6 +101,21 @@ def _weight_first(s: "Speller", x: Node, name: str) -> Node:
     return _plus_bias(s, y, name)
 
 
+def _by_one_tap(s: "Speller", x: Node, name: str) -> Node:
+    require(len(s.shape(x)) == 3)
+    weight = s.call(operator.getitem, _weight(s, name), (slice(None), slice(None), None))
+    y = s.call(F.conv1d, s.call(getattr, x, "mT"), weight, _bias(s, name))
+    return s.call("contiguous", s.call(getattr, y, "mT"))  # or the result has other strides
+
+
+def _added_to_nothing(s: "Speller", x: Node, name: str) -> Node:
+    shape, outputs = s.shape(x), s.owned(name).out_features
+    require(len(shape) > 2 and not s.dynamic)
+    zeros = s.call(torch.zeros, outputs, dtype=s.value(x).dtype)
+    y = s.call(torch.addmm, zeros, s.spell("reshape", x, _rows(shape)), _turned(s, name))
+    return _plus_bias(s, s.spell("reshape", y, [*shape[:-1], outputs]), name)
+
+
 LINEAR: dict[str, Spelling] = {
     "nn.Linear": lambda s, x, name: s.call_module(s.prefix + name, None, x),
     "F.linear": lambda s, x, name: s.call(F.linear, x, _weight(s, name), _bias(s, name)),
@@ -123,6 +138,8 @@ LINEAR: dict[str, Spelling] = {
     "torch.mm": _by_mm,
     "torch.addmm": _by_addmm,
     "einsum": _by_einsum,
+    "F.conv1d of one tap": _by_one_tap,
+    "torch.addmm(zeros)": _added_to_nothing,
 }
 
 TURNED: dict[str, Spelling] = {
@@ -135,4 +152,5 @@ TURNED: dict[str, Spelling] = {
     "w.permute(1, 0)": lambda s, w: s.call("permute", w, 1, 0),
     "torch.swapaxes": lambda s, w: s.call(torch.swapaxes, w, 0, 1),
     "w.movedim": lambda s, w: s.call("movedim", w, 0, 1),
+    "w.t().contiguous()": lambda s, w: s.call("contiguous", s.call("t", w)),
 }

@@ -4,6 +4,7 @@ import operator
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch.fx import Node
 
 from fxfuse.testing.spellings.spelling import Spelling
@@ -85,4 +86,65 @@ OUTER: dict[str, Spelling] = {
     "k[..., None] * v[..., None, :]": _broadcast,
     "einsum": lambda s, k, v: s.call(torch.einsum, "bhk,bhv->bhkv", k, v),
     "column @ row": _column_by_row,
+}
+
+
+# Squares over the last dimension, which stays with size 1
+
+
+def _last(s: "Speller", y: Node) -> Node:
+    return s.call("unsqueeze", y, -1)
+
+
+def _by_letters(s: "Speller", x: Node) -> Node:
+    return _last(s, s.call(torch.einsum, "...d,...d->...", x, x))
+
+
+def _row_by_column(s: "Speller", x: Node) -> Node:
+    product = s.call(operator.matmul, s.call("unsqueeze", x, -2), s.call("unsqueeze", x, -1))
+    return s.call("squeeze", product, -1)
+
+
+SUM_SQUARE: dict[str, Spelling] = {
+    "sum of squares": lambda s, x: s.sum(s.square(x)),
+    "norm ** 2": lambda s, x: s.call(operator.pow, s.call("norm", x, 2, -1, True), 2),
+    "vector_norm squared": lambda s, x: s.call(
+        torch.square, s.call(torch.linalg.vector_norm, x, dim=-1, keepdim=True)
+    ),
+    "einsum(x, x)": _by_letters,
+    "vecdot": lambda s, x: _last(s, s.call(torch.linalg.vecdot, x, x)),
+    "abs ** 2": lambda s, x: s.sum(s.call(operator.pow, s.call("abs", x), 2)),
+    "mean * n": lambda s, x: s.call(operator.mul, s.mean(s.square(x)), s.shape(x)[-1]),
+}
+
+MEAN_SQUARE: dict[str, Spelling] = {
+    "mean of squares": lambda s, x: s.mean(s.square(x)),
+    "sum of squares / n": lambda s, x: s.call(operator.truediv, s.spell("sum_square", x), s.shape(x)[-1]),
+    "row @ column / n": lambda s, x: s.call(torch.div, _row_by_column(s, x), s.shape(x)[-1]),
+}
+
+# x divided by the root of its mean square and an epsilon
+
+
+def _by_scale(s: "Speller", x: Node, eps: float) -> Node:
+    return s.mul(x, s.rsqrt(s.add(s.spell("mean_square", x), eps)))
+
+
+def _by_root(s: "Speller", x: Node, eps: float) -> Node:
+    return s.call(operator.truediv, x, s.call(torch.sqrt, s.add(s.spell("mean_square", x), eps)))
+
+
+def _in_place(s: "Speller", x: Node, eps: float) -> Node:
+    mean = s.call("mean", s.square(x), -1, keepdim=True)
+    return s.call("mul", s.call("rsqrt_", s.call("add_", mean, eps)), x)
+
+
+NORMED: dict[str, Spelling] = {
+    "x * rsqrt(mean + eps)": _by_scale,
+    "x / sqrt(mean + eps)": _by_root,
+    "mean.add_(eps).rsqrt_().mul(x)": _in_place,
+    "F.rms_norm": lambda s, x, eps: s.call(F.rms_norm, x, (s.shape(x)[-1],), None, eps),
+    "torch.rms_norm(normalized_shape=, eps=)": lambda s, x, eps: s.call(
+        torch.rms_norm, x, normalized_shape=[s.shape(x)[-1]], eps=eps
+    ),
 }

@@ -1,0 +1,65 @@
+"""Sizes are asked of the graph's inputs, and what tracing knows is not asked again.
+
+Before: y = linear(x, w); n = sym_size(y, 0); _assert_tensor_metadata(y, dtype=torch.float32)
+After:  n = sym_size(x, 0); y = linear(x, w)
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from fxfuse.passes.linear_spellings import value_of
+from fxfuse.passes.program import Program
+from fxfuse.patterns import ops
+
+
+def drop_known_metadata(program: Program) -> None:
+    """_assert_tensor_metadata(x, dtype=…) -> nothing: torch.export's, and tracing has asked it already."""
+    for node in program.calls(ops.ASSERT_METADATA):
+        sizes = [*node.args[1:3], *(node.kwargs.get(key) for key in ("size", "stride"))]
+        if all(each is None for each in sizes):
+            program.graph.erase_node(node)
+
+
+def spell_sizes(program: Program) -> None:
+    """sym_size(y, 0) -> sym_size(x, 0), where x is an input, or a number: a size is no use of a value."""
+    known, sources = _sizes_of_inputs(program)
+    for node in program.calls(ops.SYM_SIZE):
+        size = node.meta.get("val")
+        expression = size.node.expr if isinstance(size, torch.SymInt) else None
+        if expression is None:
+            continue
+        if expression.is_Integer:  # the trace has found what it has to be
+            for user in list(node.users):
+                _put_number(user, node, int(expression))
+        elif expression in known or expression in sources:
+            if expression not in known:
+                with program.graph.inserting_after(program.placeholders()[-1]):
+                    asked = program.graph.call_function(torch.ops.aten.sym_size.int, sources[expression])
+                asked.meta.update(node.meta)
+                known[expression] = asked
+            node.replace_all_uses_with(known[expression])
+        else:
+            continue
+        program.graph.erase_node(node)
+
+
+def _sizes_of_inputs(program: Program) -> tuple[dict[Any, Node], dict[Any, tuple[Node, int]]]:
+    """The inputs that are sizes, and the tensor and dimension of the first input that has a size."""
+    known: dict[Any, Node] = {}
+    sources: dict[Any, tuple[Node, int]] = {}
+    for given in program.placeholders():
+        value = given.meta.get("val")
+        if isinstance(value, torch.SymInt):
+            known.setdefault(value.node.expr, given)
+        tensor = value_of(given)
+        for dim, size in enumerate(() if tensor is None else tensor.shape):
+            if isinstance(size, torch.SymInt):
+                sources.setdefault(size.node.expr, (given, dim))
+    return known, sources
+
+
+def _put_number(user: Node, size: Node, number: int) -> None:
+    user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is size else n)

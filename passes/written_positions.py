@@ -1,0 +1,60 @@
+"""Writes at positions along one dimension are spelled as index_copy_.
+
+Before: index_put_(cache, [None, None, positions], k)                  cache[:, :, positions] = k
+After:  index_copy_(cache, 2, where(positions < 0, positions + length, positions), k)
+
+index_put_ counts negative positions from the end, index_copy_ and our kernels take none.
+"""
+
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from fxfuse.passes.linear_spellings import value_of
+from fxfuse.passes.program import Program
+from fxfuse.passes.regions import call
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes
+from fxfuse.patterns import ops
+
+
+def spell_written_positions(program: Program) -> None:
+    """Rewrite in place; writes that broadcast, add up or go by several indices stay."""
+    aten, changed = torch.ops.aten, False
+    writes = StorageWrites(program.graph)
+    known: dict[tuple[Any, ...], Node] = {}
+    for node in program.calls(ops.INDEX_PUT_):
+        found = _along_one_dimension(node)
+        if found is None:
+            continue
+        cache, dim, positions, values = found
+        length: Any = cache.meta["val"].shape[dim]
+        size = length.node.expr if isinstance(length, torch.SymInt) else length
+        key = positions, writes.version(positions, node), size
+        if key not in known:
+            with program.graph.inserting_before(node):
+                if isinstance(length, torch.SymInt):
+                    length = call(program, node, aten.sym_size.int, cache, dim)
+                negative = call(program, node, aten.lt.Scalar, positions, 0)
+                from_end = call(program, node, aten.add.Tensor, positions, length)
+                known[key] = call(program, node, aten.where.self, negative, from_end, positions)
+        node.target, node.args = aten.index_copy_.default, (cache, dim, known[key], values)
+        changed = True
+    if changed:
+        program.refresh()
+
+
+def _along_one_dimension(node: Node) -> tuple[Node, int, Node, Node] | None:
+    """What is written, the dimension, the positions [T] along it, and values of its shape but for that."""
+    cache, indices, values, *accumulates = node.args
+    given = [(dim, index) for dim, index in enumerate(indices) if index is not None]  # type: ignore[arg-type, union-attr]
+    if len(given) != 1 or any(accumulates) or node.kwargs:
+        return None
+    dim, positions = given[0]
+    whole, part, places = (value_of(n) for n in (cache, values, positions))
+    if whole is None or part is None or places is None or places.dim() != 1 or places.dtype != torch.int64:
+        return None
+    wanted = [*whole.shape[:dim], places.shape[0], *whole.shape[dim + 1 :]]
+    if part.dtype != whole.dtype or not equal_sizes(part.shape, wanted):
+        return None
+    return cache, dim, positions, values  # type: ignore[return-value]
