@@ -17,6 +17,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
+from fxfuse.passes.kept_dimensions import spell_kept_dimensions
+from fxfuse.passes.known_sizes import drop_known_metadata, spell_sizes
 from fxfuse.passes.linear_spellings import put_weights_second, spell_linears, value_of
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
@@ -25,19 +27,19 @@ from fxfuse.passes.program import Program
 from fxfuse.passes.regions import is_contiguous
 from fxfuse.passes.storage_writes import (
     StorageWrites,
-    equal_sizes,
-    layout_matters,
     layout_shows,
     same_memory,
     storage_of,
     written_by,
 )
+from fxfuse.passes.written_positions import spell_written_positions
 from fxfuse.patterns import ops
 
 
 def normalise(program: Program) -> None:
     """Rewrite the graph in place; values and writes stay what they were."""
     _drop_idle_switches(program)
+    drop_known_metadata(program)
     fold_idle_dropout(program)
     _fold_identities(program)
     _writes_to_the_base(program)
@@ -45,8 +47,10 @@ def normalise(program: Program) -> None:
     _one_name(program)
     fold_idle_calls(program)
     _one_reshape(program)
+    spell_written_positions(program)
+    spell_sizes(program)
     _one_convolution(program)
-    _kept_dimension(program)
+    spell_kept_dimensions(program)
     _without_empty_parts(program)
     _one_view_of_each(program)
     spell_moved_elements(program)
@@ -188,30 +192,6 @@ def _one_convolution(program: Program) -> None:
         if node.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
             node.target = torch.ops.aten.conv1d.default
             node.args = (*node.args[:6], node.args[8])
-
-
-def _kept_dimension(program: Program) -> None:
-    """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums and reshapes."""
-    writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
-    for node in program.calls(ops.UNSQUEEZE, ops.RESHAPE):
-        reduced = node.args[0]
-        if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
-            continue
-        if len(reduced.users) > 1 and storage_of(node) in fixed:
-            continue  # both leave the graph, in one memory
-        dims = reduced.args[1]
-        keeps = reduced.args[2] if len(reduced.args) > 2 else reduced.kwargs.get("keepdim", False)
-        whole: Node = reduced.args[0]  # type: ignore[assignment]
-        if writes.is_written(node) or writes.version(whole, reduced) != writes.version(whole, node):
-            continue
-        sizes = list(whole.meta["val"].shape)
-        if keeps or not sizes or not isinstance(dims, (list, tuple)) or len(dims) != 1:
-            continue
-        sizes[dims[0]] = 1  # type: ignore[index, call-overload]
-        if equal_sizes(node.meta["val"].shape, sizes):
-            node.target = reduced.target
-            node.args = (whole, dims, True)
-            node.kwargs = {k: v for k, v in reduced.kwargs.items() if k != "keepdim"}
 
 
 def _without_empty_parts(program: Program) -> None:

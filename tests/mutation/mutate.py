@@ -167,7 +167,6 @@ FAULTS = (
     Fault("passes/written_positions.py", "or any(accumulates) or node.kwargs", "or node.kwargs", NORMAL + " -k at_positions"),
     Fault("passes/written_positions.py", "or not equal_sizes(part.shape, wanted)", "", NORMAL + " -k at_positions"),
     Fault("passes/written_positions.py", "negative, from_end, positions)", "negative, positions, positions)", NORMAL + " -k at_positions"),
-    Fault("passes/layout_chains.py", "if storage_of(cut.node) in fixed:", "if False:", STRANGERS + " -k leaves_the_graph"),
     Fault("passes/causal_conv1d.py", "elif storage_of(end) in guards.fixed:", "elif False:", STRANGERS + " -k leaves_the_graph"),
     Fault("passes/idle_calls.py", "if gradients:", "if False:", NORMAL),
     Fault("passes/one_row_linears.py", "if why is not None:", "if False:", SPEED),

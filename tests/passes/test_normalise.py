@@ -332,6 +332,7 @@ def test_a_write_at_positions_is_an_index_copy(name: str, positions: list[int]) 
     theirs, ours = ([x.clone() for x in given] for _ in range(2))
     assert torch.equal(rewritten.graph_module(*ours), compute(*theirs))
     assert torch.equal(ours[0], theirs[0])
+    assert not rewritten.report.misses
     assert ("aten.index_copy_.default" in targets(rewritten)) == one_dimension
     assert ("aten.index_put_.default" in targets(rewritten)) != one_dimension
 
