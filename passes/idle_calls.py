@@ -45,7 +45,7 @@ def fold_idle_calls(program: Program) -> None:
     mode = modes(program.graph, program.grad_enabled)
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
-        if source is None or not _same_elements(node, source) or (gradients and not mode[node][0]):
+        if source is None or not _same_elements(node, source) or (gradients and not mode[node].gradients):
             continue
         strides = [n.meta["val"].stride() for n in (node, source)]
         anew = not equal_sizes(*strides) and (storage_of(node) in shown or node in viewed)

@@ -4,7 +4,6 @@ Before: y = x @ w.t(); z = addmm(b, x, w.T); u = einsum("bti,oi->bto", x, w) + b
 After:  y = linear(x, w); z = linear(x, w, b);   u = linear(x, w, b);                p = permute(x, [1, 0])
 """
 
-from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from fxfuse.passes.modes import modes, switches_autocast
+from fxfuse.passes.modes import Mode, modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
 from fxfuse.patterns import ops
@@ -280,7 +279,7 @@ def _has_rows_of(values: dict[Node, Tensor | None], node: Node, x: Node, weight:
 
 
 def _biased(
-    writes: StorageWrites, mode: dict[Node, Hashable], values: dict[Node, Tensor | None], node: Node
+    writes: StorageWrites, mode: dict[Node, Mode], values: dict[Node, Tensor | None], node: Node
 ) -> tuple[Node, Node, Node] | None:
     """The linear, the sum and the bias of linear(x, w) + b, where nobody else reads the sum without b."""
     if node.kwargs.get("alpha", 1) != 1 or len(node.args) != 2:

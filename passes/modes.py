@@ -1,14 +1,21 @@
 """Grad and autocast modes that a graph switches on its way: a rewrite moves no call from one to another."""
 
 import operator
-from collections.abc import Hashable
+from typing import NamedTuple
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
-# The modes of inference: no gradients, no autocast.
-PLAIN = (False, ())
+
+class Mode(NamedTuple):
+    """Whether a call records for a backward, and the switches entered around it, those of autocast."""
+
+    gradients: bool
+    entered: tuple[Node, ...] = ()
+
+
+PLAIN = Mode(gradients=False)  # of inference
 
 
 def switches_mode(node: Node) -> bool:
@@ -28,18 +35,18 @@ def grad_enabled_at(node: Node, at_entry: bool) -> bool:
     return bool(before[-1].args[0]) if before else at_entry
 
 
-def switches_autocast(mode: Hashable) -> bool:
+def switches_autocast(mode: Mode) -> bool:
     """Whether a node of this mode runs under an autocast that the graph enters."""
-    return isinstance(mode, tuple) and bool(mode[1])
+    return bool(mode.entered)
 
 
-def modes(graph: Graph, grad_enabled: bool) -> dict[Node, Hashable]:
-    """For each node a value that is equal for exactly the nodes that run under the same modes."""
+def modes(graph: Graph, grad_enabled: bool) -> dict[Node, Mode]:
+    """The mode of each node, equal for exactly the nodes that run under the same ones."""
     grad = grad_enabled
     entered: list[Node] = []
-    found: dict[Node, Hashable] = {}
+    found: dict[Node, Mode] = {}
     for node in graph.nodes:
-        found[node] = (grad, tuple(entered))
+        found[node] = Mode(grad, tuple(entered))
         if not switches_mode(node):
             continue
         if sets_grad_mode(node):

@@ -261,7 +261,7 @@ def _one_view_of_each(program: Program) -> None:
             continue
         if gradients and writes.is_written(node):
             continue
-        if gradients and not mode[node][0]:  # made where gradients are off, it hands on none
+        if gradients and not mode[node].gradients:  # made where gradients are off, it hands on none
             continue
         cut = program.grad_enabled and str(source.target) == ops.DETACH  # views of it have no gradient either
         base = bases[node] = source if cut else bases.get(source, source)

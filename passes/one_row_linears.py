@@ -7,7 +7,7 @@ The row is written out once: Inductor would compute it anew for every row of W, 
 twice as long.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,7 +15,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes import regions
-from fxfuse.passes.modes import PLAIN, modes
+from fxfuse.passes.modes import PLAIN, Mode, modes
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.same_input_linears import bias_of, weight_of
@@ -43,7 +43,7 @@ def runs_on_cpu(linear: Node) -> bool:
     return value.device.type == "cpu" and value.dtype in DTYPES
 
 
-def runs_plainly(mode: Hashable) -> bool:
+def runs_plainly(mode: Mode) -> bool:
     """Without grad mode, which would keep products as large as the weight, and without autocast."""
     return mode == PLAIN
 

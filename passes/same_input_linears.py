@@ -5,13 +5,13 @@ After:  y = linear(x, fused); q, k, v = y[..., :nq], y[..., nq:nq+nk], y[..., nq
 """
 
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
-from fxfuse.passes.modes import grad_enabled_at, modes
+from fxfuse.passes.modes import Mode, grad_enabled_at, modes
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.storage_writes import StorageWrites, layout_matters, same_memory, storage_of, written_by
@@ -156,7 +156,7 @@ def _before_writes(source: Node) -> Node:
 
 def _groups(program: Program, writes: StorageWrites) -> tuple[list[list[Node]], list[tuple[Node, str]]]:
     """Linears that read one value, no write to it and no switch of modes between; those parted by one."""
-    by_input: dict[Node, dict[tuple[int, Hashable], list[Node]]] = defaultdict(lambda: defaultdict(list))
+    by_input: dict[Node, dict[tuple[int, Mode], list[Node]]] = defaultdict(lambda: defaultdict(list))
     mode = modes(program.graph, program.grad_enabled)
     for linear in program.calls(ops.LINEAR):
         source = linear.args[0]

@@ -11,6 +11,7 @@ from torch.fx import GraphModule
 from fxfuse.runtime import cuda_graphs, warm_up
 from fxfuse.runtime.options import Inner, Mode
 from fxfuse.runtime.outline import outlined, repeats
+from fxfuse.runtime.source_tag import source_tag
 
 Waiting = list[tuple[Any, dict[str, Any]]]  # what compiles, and the scope of the code that calls it
 
@@ -140,10 +141,10 @@ def _inductor(
     if all(value.device.type == "cpu" for value in inputs if isinstance(value, torch.Tensor)):
         warm_up.begin().join()
     patches = None if mode in (None, "default") else list_mode_options(mode)
-    return cast(
-        Callable[..., Any],
-        compile_fx(graph_module, list(map(_by_its_symbol, inputs)), config_patches=patches),
-    )
+    compiler: Any = torch.compiler.config
+    with compiler.patch(cache_key_tag=compiler.cache_key_tag + source_tag()):
+        compiled = compile_fx(graph_module, list(map(_by_its_symbol, inputs)), config_patches=patches)
+    return cast(Callable[..., Any], compiled)
 
 
 def _by_its_symbol(value: Any) -> Any:
