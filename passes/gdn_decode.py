@@ -66,7 +66,7 @@ class Sizes:
     def of(cls, conv_state: Node, state: Node) -> "Sizes":
         (_, channels, _), (_, heads, dk, dv) = (n.meta["val"].shape for n in (conv_state, state))
         if not all(isinstance(n, int) for n in (channels, heads, dk, dv)):
-            raise Refused(state, "sizes of its states vary")
+            raise Refused(state, "sizes of its states vary: rewrite(…, dynamic=False) takes them as they are")
         key_heads, rest = divmod(channels - heads * dv, 2 * dk) if dk else (0, 0)
         if rest or key_heads < 1 or heads % key_heads:
             raise Refused(

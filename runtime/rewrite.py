@@ -63,6 +63,8 @@ def rewrite(
         passes, weights, inner, target, round_beta: as in `fxfuse.runtime.options.Options`; `inner` and
             `target` say for whom to lower.
         dynamic: False takes every size as it is in `example_inputs`, which traces in a fraction of the time.
+            Where a kernel has to know a size that only an input has, such as that of a state's heads, nothing
+            matches otherwise.
 
     Raises OptionError for an unknown pass, and UnsupportedModelError for a graph that switches autocast by
     calls that tracing loses. A graph without the idiom comes back as it was, with an empty plan.
