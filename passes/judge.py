@@ -7,7 +7,6 @@ that vary get primes, and so does a batch that is too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -19,6 +18,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from fxfuse.errors import ShapeError
+from fxfuse.passes.left_out import LeftOut, left_out
 from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.regions import Refused, read_by
 from fxfuse.patterns import ops
@@ -32,13 +32,6 @@ MAGNITUDES = ((1.0,), (1e-3,))
 MIXED = (0.3, 1.0, 3.0, 10.0, 30.0)
 LARGE = ((30.0,), MIXED) * 16
 TOLERANCE = 1e-7
-# Operators that leave most values as they are, or tell them apart.
-BOUNDS = frozenset(["clamp", "clip", "hardtanh"])  # two, of which either may act
-PAIRS = frozenset(["minimum", "maximum", "fmin", "fmax"])
-LIMITS = BOUNDS | PAIRS | {"clamp_min", "clamp_max", "relu", "relu6", "threshold", "nan_to_num"}
-LIMITS |= {"softshrink", "hardshrink"}
-CHOICES = {"where": 0, "masked_fill": 1}  # by the argument of that number
-COMPARISONS = frozenset(["gt", "ge", "lt", "le", "eq", "ne", "isnan", "isinf", "isfinite"])
 
 Values = dict[Node, Any]
 Candidate = Callable[[Mapping[Node, Any]], Sequence[Tensor]]
@@ -83,7 +76,7 @@ class Judge:
     ) -> bool:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
-            unseen = {each: False for node in region for each in _left_out(node)}  # whether it has acted
+            unseen = {each: False for node in region for each in left_out(node)}  # whether it has acted
             known = len(MAGNITUDES) + bool(unseen)  # trials that are made in any case
 
             def shown(values: Values, written: Values) -> list[Tensor]:
@@ -114,82 +107,6 @@ class Judge:
         if idle:
             raise Refused(idle[0], f"{idle[0].name} acts on values that no trial has: it cannot be left out")
         return True
-
-
-@dataclass(frozen=True)
-class LeftOut:
-    """An operator that acts on some values only, and what stands in its place where it does nothing.
-
-    Attributes:
-        instead: from its arguments; None for a choice and a comparison that have one outcome throughout.
-    """
-
-    node: Node
-    instead: Callable[..., Any] | None = None
-    outcome: bool = False
-
-    def call(self, *args: Any, **kwargs: Any) -> Any:
-        """What the operator would give without its effect; writes where it would write."""
-        if self.instead is not None:
-            return self.instead(*args, **kwargs)
-        number = CHOICES.get(_operation(self.node))
-        if number is None:
-            return self.node.target(*args, **kwargs).fill_(self.outcome)  # type: ignore[operator]
-        chosen = torch.full_like(args[number], self.outcome)
-        return self.node.target(*args[:number], chosen, *args[number + 1 :], **kwargs)  # type: ignore[operator]
-
-    def acts(self, values: Values, without: Values) -> bool:
-        """Whether the operator has done something to some value of a trial."""
-        if self.instead is not None:
-            return bool((values[self.node] != without[self.node]).any())
-        number = CHOICES.get(_operation(self.node))
-        had = values[self.node if number is None else self.node.args[number]]  # type: ignore[index]
-        return bool((had != self.outcome).any())
-
-
-def _left_out(node: Node) -> list[LeftOut]:
-    """The ways in which an operator may do nothing: none for one that always does something."""
-    name = _operation(node)
-    if name in BOUNDS:
-        return [LeftOut(node, _without_least), LeftOut(node, _without_most)]
-    if name in PAIRS:
-        return [LeftOut(node, _first), LeftOut(node, _second)]
-    if name == "relu6":
-        return [LeftOut(node, lambda x: x.clamp(max=6)), LeftOut(node, torch.relu)]
-    if name in LIMITS:
-        return [LeftOut(node, lambda x, *_, **__: x)]
-    compares = name in COMPARISONS and node.args[0].meta["val"].is_floating_point()  # type: ignore[union-attr]
-    if name in CHOICES or (compares and not all(_is_choice(user, node) for user in node.users)):
-        return [LeftOut(node, outcome=outcome) for outcome in (False, True)]
-    return []
-
-
-def _is_choice(user: Node, condition: Node) -> bool:
-    """Whether all that a call does with a comparison is to choose by it: the choice then shows it."""
-    number = CHOICES.get(_operation(user))
-    return number is not None and [i for i, x in enumerate(user.args) if x is condition] == [number]
-
-
-def _without_least(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
-    return x if max is None else x.clamp(max=max)
-
-
-def _without_most(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
-    return x if min is None else x.clamp(min=min)
-
-
-def _first(x: Tensor, other: Tensor) -> Tensor:
-    return torch.broadcast_tensors(x, other)[0]
-
-
-def _second(x: Tensor, other: Tensor) -> Tensor:
-    return torch.broadcast_tensors(x, other)[1]
-
-
-def _operation(node: Node) -> str:
-    """The name of an ATen operator without overload and the mark of writing in place."""
-    namespace, _, name = str(node.target).partition(".")
-    return name.partition(".")[0].removesuffix("_") if namespace == "aten" else ""
 
 
 class Fewer(NamedTuple):
@@ -306,14 +223,14 @@ def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:
 
 
 def run(
-    region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer, left_out: LeftOut | None = None
+    region: Sequence[Node], values: Mapping[Node, Any], fewer: Fewer, without: LeftOut | None = None
 ) -> Values:
     """The region's values in float64 on a CPU; writes go to those given. One operator may be left out."""
     known = dict(values)
     for node in region:
         args, kwargs = map_arg((node.args, node.kwargs), known.__getitem__)
         args, kwargs = map_aggregate((tuple(map(fewer.shape, args)), kwargs), _exact)
-        call: Any = left_out.call if left_out is not None and left_out.node is node else node.target
+        call: Any = without.call if without is not None and without.node is node else node.target
         try:
             known[node] = call(*args, **kwargs)
         except RuntimeError as error:

@@ -25,6 +25,14 @@ LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
     "masked_fill": lambda x: x.masked_fill(x > 8, 0.0),
     "nan_to_num": lambda x: x.nan_to_num(0.0),
     "times a comparison": lambda x: x * (x < 8),
+    "min": lambda x: torch.min(x, torch.full((), 1e3)),
+    "max": lambda x: torch.max(x, torch.full((), -1e3)),
+    "times less": lambda x: x * torch.less(x, 1e3),
+    "amin": lambda x: torch.stack([x, torch.full_like(x, 1e3)]).amin(0),
+    "fmod": lambda x: torch.fmod(x, 1e3),
+    "sign": lambda x: x * (1 + torch.sign(1e3 - x)) / 2,
+    "leaky_relu": lambda x: 1e3 - F.leaky_relu(1e3 - x, 0.5),
+    "elu": lambda x: 1e3 - F.elu(1e3 - x),
 }
 
 
@@ -116,6 +124,50 @@ def test_what_few_values_show_takes_more_trials(heads: int) -> None:
 
     inputs = [*torch.randn(3, 1, 1, heads, 4), *torch.randn(2, 1, 1, heads)]
     assert "gdn_gates" in rules(rewrite(Gates(), inputs, target="cuda", dynamic=False))
+
+
+def judged(
+    function: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], values: int = 64
+) -> bool:
+    """What the judge says of a candidate for all that a function calls."""
+    graph = make_fx(function, pre_dispatch=True)(torch.ones(values)).graph
+    (x,) = graph.find_nodes(op="placeholder")
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(values)
+    region = [node for node in graph.nodes if node.op == "call_function"]
+    return Judge().equal(region, region[-1:], lambda given: [candidate(given[x])], "candidate")
+
+
+SOFTPLUS: dict[str, Callable[[Tensor], Tensor]] = {
+    "one bound": lambda x: x.clamp(min=0) + torch.log1p(torch.exp(-x.abs())),
+    "one bound, first of two": lambda x: x.clamp(0, None) + torch.log1p(torch.exp(-x.abs())),
+    "max": lambda x: torch.max(x, torch.zeros(())) + torch.log1p(torch.exp(-x.abs())),
+    "relu": lambda x: x.relu() + torch.log1p(torch.exp(-x.abs())),
+    "a guard against infinity": lambda x: torch.where(x > 20, x, torch.log1p(torch.exp(x.clamp(max=20)))),
+    "either way": lambda x: torch.where(x > 0, x + torch.log1p(torch.exp(-x)), torch.log1p(torch.exp(x))),
+}
+
+
+@pytest.mark.parametrize("values", [1, 64])
+@pytest.mark.parametrize("softplus", SOFTPLUS.values(), ids=SOFTPLUS)
+def test_limits_that_are_part_of_a_formula_are_no_obstacle(
+    softplus: Callable[[Tensor], Tensor], values: int
+) -> None:
+    assert judged(softplus, F.softplus, values)
+
+
+@pytest.mark.parametrize("threshold", [2, 5, 8])
+def test_a_softplus_with_another_threshold_is_another(threshold: float) -> None:
+    assert not judged(lambda x: F.softplus(x, 1, threshold), F.softplus)
+    assert judged(lambda x: F.softplus(x, 1, 20), F.softplus)
+
+
+def test_what_is_left_out_hands_on_no_memory() -> None:
+    """A write to it would reach the value that went in."""
+    with pytest.raises(Refused, match="acts on values that no trial has"):
+        judged(lambda x: torch.nan_to_num(x).mul_(2) + x, lambda x: 3 * x)
+    with pytest.raises(Refused, match="acts on values that no trial has"):
+        judged(lambda x: torch.maximum(x, torch.full((), -1e4)).mul_(2) + x, lambda x: 3 * x)
 
 
 # Of the rate -exp(A_log), which the product with a softplus hides where either is large: decays are 1 or 0.
