@@ -164,7 +164,7 @@ def _compiled(
 
     mode = options.mode
     if not inner.needs_gradients(inputs):
-        mode = cuda_graphs.mode_for(mode, phase, inputs)
+        mode = cuda_graphs.mode_for(mode, phase, inputs, rewriting.uses[0].part.rewritten.graph)
     if mode != options.mode and phase == "decode":
         session.report.note(cuda_graphs.NOT_RECORDED.format(options.mode))
     with beside:

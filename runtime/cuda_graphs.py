@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from torch.fx import GraphModule
+from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from fxfuse.passes.storage_writes import StorageWrites
@@ -18,15 +18,22 @@ NOT_RECORDED = (
 )
 
 
-def mode_for(mode: Mode | None, phase: str, inputs: Sequence[Any]) -> Mode | None:
+def mode_for(mode: Mode | None, phase: str, inputs: Sequence[Any], graph: Graph) -> Mode | None:
     """The mode that one graph is compiled in, where `mode` is the one asked for.
 
-    Only a decoded token of fixed sizes is recorded. Other sizes would need a recording each; and what a
-    prompt's graph makes for a cache to keep would lie in memory that its next replay writes to.
+    Only a decoded token of fixed sizes is recorded, one that writes to a cache. Other sizes would need a
+    recording each; and what a prompt's graph, also one of a single token, makes for a cache to keep would
+    lie in memory that its next replay writes to.
     """
-    if mode in WITHOUT and (phase != "decode" or any(map(free_symbols, inputs))):
+    if mode in WITHOUT and (phase != "decode" or any(map(free_symbols, inputs)) or not _states(graph)):
         return WITHOUT[mode]
     return mode
+
+
+def _states(graph: Graph) -> list[Node]:
+    """The inputs that a graph writes to and that are as large as keys and states: not a mere length."""
+    writes, inputs = StorageWrites(graph), graph.find_nodes(op="placeholder")
+    return [node for node in inputs if writes.is_written(node) and node.meta["val"].dim() >= 3]
 
 
 def keep_addresses(graph_module: GraphModule) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, StaticCache
 
 from fxfuse.runtime import cuda_graphs
@@ -36,6 +37,7 @@ def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[bool, list[
         return whole(*args, **{"inner_compile": inner, **kwargs})
 
     monkeypatch.setattr(compile_fx, "compile_fx", compiling)
+    torch._dynamo.reset()  # it remembers which sizes varied in another model of the process
     with config.patch(force_disable_caches=True):
         yield seen
 
@@ -77,11 +79,29 @@ def test_a_cache_that_grows_is_not_recorded_for_each_length(
 
 
 def test_modes_that_do_not_record_stay_as_they_are() -> None:
-    fixed = [torch.zeros(1, 1)]
+    def writing(shape: tuple[int, ...]) -> Any:
+        return make_fx(lambda x: x.add_(1))(torch.zeros(shape)).graph
+
+    fixed, graph = [torch.zeros(1, 1)], writing((2, 3, 4))
     for mode in (None, "default", "max-autotune-no-cudagraphs"):
-        assert cuda_graphs.mode_for(mode, "prefill", fixed) == mode
-    assert cuda_graphs.mode_for("max-autotune", "decode", fixed) == "max-autotune"
-    assert cuda_graphs.mode_for("max-autotune", "prefill", fixed) == "max-autotune-no-cudagraphs"
+        assert cuda_graphs.mode_for(mode, "prefill", fixed, graph) == mode
+    assert cuda_graphs.mode_for("max-autotune", "decode", fixed, graph) == "max-autotune"
+    assert cuda_graphs.mode_for("max-autotune", "prefill", fixed, graph) == "max-autotune-no-cudagraphs"
+    only_a_length = cuda_graphs.mode_for("max-autotune", "decode", fixed, writing(()))
+    assert only_a_length == "max-autotune-no-cudagraphs"
+
+
+def test_a_prompt_of_one_token_makes_its_cache_and_is_not_recorded(
+    make_model: Make, prompt: Tensor, compiled: list[Any]
+) -> None:
+    model = make_model().optimize(mode="reduce-overhead", target="cuda")
+    cache, token = StaticCache(config=model.config, max_cache_len=64), torch.ones(1, 1, dtype=torch.int64)
+    with torch.no_grad():
+        model(token, past_key_values=cache)
+        assert compiled and not any(recorded for recorded, _ in compiled)
+        compiled.clear()
+        model(token, past_key_values=cache)
+    assert [recorded for recorded, _ in compiled] == [True]
 
 
 def test_a_thousand_tokens_need_no_graph_beyond_the_first(make_model: Make, prompt: Tensor) -> None:
