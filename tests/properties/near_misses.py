@@ -180,7 +180,9 @@ def _judge(seed: int, tally: Tally, passes: tuple[str, ...] | None) -> None:
     tally.roads[road] += 1
     tally.kinds[mutant.kind] += 1
     tally.blocks[name] += 1
-    limits: Any = {"exact": BLOCKS[name].exact or mutant.kind == LEFT_ALONE}
+    # Dynamo turns an input itself, so that its graph may be rewritten
+    left_alone = mutant.kind == LEFT_ALONE and road != "dynamo"
+    limits: Any = {"exact": BLOCKS[name].exact or left_alone}
     if mutant.kind == "an autocast region":
         limits["reference"] = traced_mutants.without_autocast(mutant)
     what = f"{name}, {mutant.kind} ({mutant.change})"
