@@ -54,13 +54,6 @@ class _Draft(GraphModule):
         return None
 
 
-def _hand_on(old: GraphModule, new: GraphModule) -> None:
-    """What AOTAutograd asks of a graph of Dynamo's; without it, no input counts as one that stays put."""
-    new.meta.update(old.meta)
-    if hasattr(old, "_param_name_to_source"):
-        new._param_name_to_source = old._param_name_to_source
-
-
 @dataclass
 class Program:
     """A graph whose inputs are all placeholders; `weights` has those that are parameters, by placeholder.
@@ -88,7 +81,7 @@ class Program:
         Its module has no code before `write_code`.
         """
         graph_module = _Draft(self.graph_module, copy.deepcopy(self.graph))
-        _hand_on(self.graph_module, graph_module)
+        graph_module.meta.update(self.graph_module.meta)
         for new, old in zip(graph_module.graph.nodes, self.graph.nodes, strict=True):
             new.meta = dict(old.meta)
             if hasattr(old, "_dynamo_source"):
@@ -106,9 +99,9 @@ class Program:
 
     def write_code(self) -> None:
         """Make the graph module one that can be called."""
-        draft = self.graph_module
-        self.graph_module = GraphModule(draft, self.graph)
-        _hand_on(draft, self.graph_module)
+        meta = self.graph_module.meta
+        self.graph_module = GraphModule(self.graph_module, self.graph)
+        self.graph_module.meta.update(meta)
 
     @property
     def needs_gradients(self) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+from torch._dynamo.source import ConstantSource
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
@@ -45,6 +46,9 @@ def keep_addresses(graph_module: GraphModule) -> None:
     address is recorded anew, not compiled anew.
     """
     writes = StorageWrites(graph_module.graph)
+    # By this AOTAutograd knows a graph of Dynamo's, whose marks it reads; constants are no inputs of the model.
+    constants = dict(graph_module.named_buffers(remove_duplicate=False))
+    graph_module._param_name_to_source = {name: ConstantSource(name) for name in constants}  # type: ignore[assignment]
     for node in placeholders(graph_module):
         if writes.is_written(node):
             kept = node.meta.get("tensor_dict", {})

@@ -114,7 +114,7 @@ def test_we_speak_through_one_logger_and_print_nothing() -> None:
                 continue
             called = ast.unparse(node.func)
             assert called != "warnings.warn", f"{where}:{node.lineno}: warnings go through logging"
-            if called == "logging.getLogger":
+            if called == "logging.getLogger" and where != "runtime/unread_logs.py":  # which asks who listens
                 assert ast.unparse(node.args[0]) == "'fxfuse'", f"{where}:{node.lineno}"
             if called == "print" and where not in speakers:
                 pytest.fail(f"{where}:{node.lineno} prints")
