@@ -46,9 +46,10 @@ def keep_addresses(graph_module: GraphModule) -> None:
     address is recorded anew, not compiled anew.
     """
     writes = StorageWrites(graph_module.graph)
-    # By this AOTAutograd knows a graph of Dynamo's, whose marks it reads; constants are no inputs of the model.
+    # By this AOTAutograd knows a graph of Dynamo's, whose marks it reads; it asks where constants are from.
     constants = dict(graph_module.named_buffers(remove_duplicate=False))
-    graph_module._param_name_to_source = {name: ConstantSource(name) for name in constants}  # type: ignore[assignment]
+    sources: Any = {name: ConstantSource(name) for name in constants}
+    graph_module._param_name_to_source = sources
     for node in placeholders(graph_module):
         if writes.is_written(node):
             kept = node.meta.get("tensor_dict", {})

@@ -39,8 +39,8 @@ def test_each_spelling_is_written_by_some_block() -> None:
     assert unused == set()
 
 
-# Seeds of the sample that are missed: 2 spells signs as products with -1 and quotients by it around an einsum, 4
-# has F.glu(cat([z, z])) for silu, whose input is twice as wide as any part of the row.
+# Seeds of the sample that are missed: 2 spells signs as products with -1 and quotients by it around an
+# einsum, 4 has F.glu(cat([z, z])) for silu, whose input is twice as wide as any part of the row.
 MISSED = {"decoded_token": [2, 4]}
 
 

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import DynamicCache, StaticCache
 
@@ -76,6 +77,25 @@ def test_a_cache_that_grows_is_not_recorded_for_each_length(
     report = model.optimization_report
     assert len(report.graphs) == 2 and compiled and not any(recorded for recorded, _ in compiled)
     assert sum("mode='reduce-overhead' records" in note for note in report.notes) == 1
+
+
+def test_a_constant_of_the_graph_is_no_obstacle(compiled: list[Any]) -> None:
+    class Counts(nn.Module):
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            state.add_(F.linear(x, torch.ones(4, 4)).sum() * torch.tensor([1.0, 2.0, 3.0, 4.0]))
+            return F.linear(x, self.a) + F.linear(x, self.b) + state.sum()
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = (nn.Parameter(torch.ones(4, 4)) for _ in range(2))
+
+    module, x, state = Counts(), torch.ones(1, 1, 4), torch.zeros(2, 3, 4)
+    run = torch.compile(module, backend="fxfuse", options={"mode": "reduce-overhead"})
+    with torch.no_grad():
+        run(x, state)
+    assert [(recorded, [list(value.shape) for value in moving]) for recorded, moving in compiled] == [
+        (True, [[1, 1, 4]])
+    ]
 
 
 def test_modes_that_do_not_record_stay_as_they_are() -> None:
