@@ -35,7 +35,7 @@ def test_many_graphs_train_alike() -> None:
 
 
 def assert_same_gradient(module: nn.Module) -> None:
-    """Of the sum of its results by the input, where its weights are frozen and two of its linears are merged."""
+    """Of the sum of its results by the input; its weights are frozen, and two of its linears are merged."""
 
     def gradient(call: Callable[[Tensor], Tensor]) -> Tensor:
         x = torch.arange(18.0).reshape(3, 6).requires_grad_()
