@@ -1,6 +1,7 @@
-"""A grouped product of a few rows reads each row's expert where it lies, as a reduction.
+"""A product of a few rows with an expert each reads those experts where they lie, as a reduction.
 
 Before: y = grouped_mm(x, Wᵀ, offsets)        x: [S, K] sorted by expert, W: [E, N, K], offsets: [E]
+        y = bmm(W[e], unsqueeze(x, -1))       e: [S], or another spelling (`chosen_weights`)
 After:  y[s] = (W[e[s]].float() * x[s].float()).sum(-1), e[s] the number of offsets ≤ s, in x's dtype again
 
 Inductor reads the chosen rows of W at the speed of memory; the grouped product goes through all experts. Rows
@@ -8,11 +9,14 @@ from the last offset on belong to nobody: they are zeros, as in transformers' ow
 """
 
 from functools import partial
+from math import prod
 
 import torch
 from torch.fx import Node
 
 from fxfuse.passes import regions
+from fxfuse.passes.chosen_weights import check, chosen_products
+from fxfuse.passes.judge import Judge
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.one_row_linears import DTYPES, Stays, none_stays
 from fxfuse.passes.outcome import Match, Miss, Outcome
@@ -81,22 +85,59 @@ def _replace(program: Program, grouped: Node, weight: Node) -> None:
 
 
 def run(program: Program, stays: Stays = none_stays) -> Outcome:
-    """Rewrite every grouped product of a few rows on a CPU; those of more rows are no candidates.
+    """Rewrite every product of a few rows with experts on a CPU; those of more rows are no candidates.
 
     `stays` says of the experts' weights why their product stays one; by default none does.
     """
     outcome = Outcome()
+    _products_of_chosen(program, stays, outcome)
     mode, writes = modes(program.graph, program.grad_enabled), StorageWrites(program.graph)
     for grouped in program.calls(*GROUPED):
         weight = _stored(grouped.args[1], writes)  # type: ignore[arg-type]
         if mode[grouped] != PLAIN or not _suits(grouped, weight):
             continue
         where = module_path(grouped) or grouped.name
-        why = stays(weight.meta["val"])
-        if why is not None:
-            outcome.misses.append(Miss(RULE, where, grouped.name, why, chosen=True))
+        if _stays(stays, weight, grouped, outcome):
             continue
         rows, experts = (n.meta["val"].shape[0] for n in (grouped.args[0], weight))  # type: ignore[union-attr]
         _replace(program, grouped, weight)
         outcome.matches.append(Match(RULE, where, (), f"{rows} rows of {experts} experts → reduction"))
     return outcome
+
+
+def _stays(stays: Stays, weight: Node, node: Node, outcome: Outcome) -> bool:
+    why = stays(weight.meta["val"])
+    if why is not None:
+        outcome.misses.append(Miss(RULE, module_path(node) or node.name, node.name, why, chosen=True))
+    return why is not None
+
+
+def _products_of_chosen(program: Program, stays: Stays, outcome: Outcome) -> None:
+    products = chosen_products(program, MOST_ROWS)
+    if not products:
+        return
+    guards, judge, found = regions.Guards(program), Judge(), []
+    for product in products:
+        node, where = product.node, module_path(product.node) or product.node.name
+        if guards.modes[node] != PLAIN or node.meta["val"].dtype not in DTYPES:
+            continue
+        if _stays(stays, product.stored, node, outcome):
+            continue
+        try:
+            check(guards, judge, product)
+        except regions.Refused as refusal:
+            outcome.misses.append(Miss(RULE, where, refusal.node.name, refusal.reason))
+            continue
+        found.append((product, product.region()))
+        rows, experts = prod(product.lead), product.stored.meta["val"].shape[0]
+        outcome.matches.append(Match(RULE, where, (), f"{rows} rows of {experts} experts → reduction"))
+    replaced: dict[Node, Node] = {}
+    for product, region in found:
+        node = product.node
+        with program.graph.inserting_before(node):
+            call, vector = partial(regions.call, program, node), replaced.get(product.vector, product.vector)
+            y = product.compute(call, product.chosen, vector, node.meta["val"].dtype, torch.float32)
+        y.meta["val"] = node.meta["val"]
+        replaced[node] = y
+        node.replace_all_uses_with(y)
+        regions.erase(program, region)

@@ -158,7 +158,16 @@ class ObeyedAutocast(TorchFunctionMode):
 
 
 class _Retracer(Interpreter):
-    """Runs Dynamo's graph to be traced again."""
+    """Runs Dynamo's graph to be traced again, its constants by the values given for them."""
+
+    def __init__(self, graph_module: GraphModule, constants: dict[str, Any] | None = None) -> None:
+        super().__init__(graph_module)
+        self._constants = constants or {}
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return (
+            self._constants[target] if target in self._constants else super().get_attr(target, args, kwargs)
+        )
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_recorded(target)
@@ -183,23 +192,52 @@ class _Retracer(Interpreter):
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
 
+    constants = _constants(graph_module)
+    context = TracingContext.try_get()
+    mode = mode_of(fakes) or (context.fake_mode if constants and context is not None else None)
+
     def call(*args: Any) -> Any:
+        values = dict(zip(constants, args[len(fakes) :], strict=True))
         with ObeyedAutocast():
-            return _Retracer(graph_module).run(*args)
+            return _Retracer(graph_module, values).run(*args[: len(fakes)])
 
     run = make_fx(call, pre_dispatch=True)
     depth = torch._C._functorch.get_dynamic_layer_stack_depth()
     try:
-        with preserve_node_meta(), mode_of(fakes) or nullcontext():
-            return run(*fakes)
+        with preserve_node_meta(), mode or nullcontext():
+            values = constants.values()
+            traced = run(*fakes, *(values if mode is None else map(mode.from_tensor, values)))
     finally:  # where it raises, transforms of torch.func that the graph has entered are still open
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
+    for node, (name, value) in zip(placeholders(traced)[len(fakes) :], constants.items(), strict=True):
+        if isinstance(value, torch.nn.Parameter):
+            traced.register_parameter(name, value)
+        else:
+            traced.register_buffer(name, value)
+        with traced.graph.inserting_before(node):
+            constant = traced.graph.get_attr(name)
+        constant.meta = node.meta
+        node.replace_all_uses_with(constant)
+        traced.graph.erase_node(node)
+    traced.recompile()
+    return traced
+
+
+def _constants(graph_module: GraphModule) -> dict[str, torch.Tensor]:
+    """The tensors of a graph that are no inputs, as those whose address a caller has marked to be guarded.
+
+    Tracing must not meet them themselves: what a graph writes to them would be written then and there.
+    """
+    named = {str(node.target) for node in graph_module.graph.find_nodes(op="get_attr")}
+    found = {name: getattr(graph_module, name, None) for name in sorted(named)}
+    return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
 def carry_over(traced: GraphModule, original: GraphModule) -> None:
     """Give the traced graph what AOTAutograd reads off Dynamo's: sources and static marks of the inputs."""
     traced.meta.update(original.meta)
-    traced._param_name_to_source = {}  # type: ignore[assignment]
+    sources: Any = getattr(original, "_param_name_to_source", {})
+    traced._param_name_to_source = sources
     for new, old in zip(placeholders(traced), placeholders(original), strict=True):
         new._dynamo_source = getattr(old, "_dynamo_source", None)  # type: ignore[attr-defined]
         new.meta["tensor_dict"] = old.meta.get("tensor_dict", {})

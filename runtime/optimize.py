@@ -6,7 +6,7 @@ import inspect
 import logging
 import types
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -262,7 +262,8 @@ def _lengths(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[tuple[torc
                 yield tensor, 2
 
 
-def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContextManager[Any]:
+@contextmanager
+def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
     """Lets the length of a static cache vary in a prompt's graph: generate() makes a larger one when needed.
 
     Not for a decoded token, where this would cost more time than the second graph that it saves.
@@ -270,15 +271,18 @@ def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> AbstractContex
     tokens = next((kwargs[k] for k in ("input_ids", "inputs_embeds") if kwargs.get(k) is not None), None)
     tokens = args[0] if tokens is None and args else tokens
     is_prompt = isinstance(tokens, torch.Tensor) and tokens.dim() > 1 and tokens.shape[1] > 1
-    if not is_prompt or not _static_layers(kwargs):
-        return nullcontext()
+    layers = getattr(kwargs.get("past_key_values"), "layers", ()) if is_prompt else ()
+    static = [layer for layer in layers if type(layer).__name__ == "StaticLayer"]
+    if not static:
+        yield
+        return
     config: Any = torch.compiler.config
-    return config.patch(dynamic_sources=r".*\.max_cache_len$")
-
-
-def _static_layers(kwargs: dict[str, Any]) -> list[Any]:
-    layers = getattr(kwargs.get("past_key_values"), "layers", ())
-    return [layer for layer in layers if type(layer).__name__ == "StaticLayer"]
+    with config.patch(dynamic_sources=r".*\.max_cache_len$"):
+        yield
+    for layer in static:  # Dynamo marks what such a prompt has made: the token's graph would vary, too
+        for tensor in (layer.keys, layer.values):
+            if isinstance(tensor, torch.Tensor):
+                vars(tensor).pop("_dynamo_propagated_dynamic_indices", None)
 
 
 @contextmanager
@@ -300,10 +304,6 @@ def _varying(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]:
         for tensor, before in marked:
             for name in filter(_is_mark, vars(tensor).keys() - before):
                 vars(tensor).pop(name, None)
-        for layer in _static_layers(kwargs):  # what a prompt of varying cache length has made says so itself
-            for tensor in (layer.keys, layer.values):
-                if isinstance(tensor, torch.Tensor):
-                    vars(tensor).pop("_dynamo_propagated_dynamic_indices", None)
 
 
 def _is_mark(attribute: str) -> bool:

@@ -228,8 +228,10 @@ def _look(value: Any, numbers: dict[int, int]) -> str:
 
 
 def _content(constant: Any) -> str:
-    """Small constants are told apart by what they hold, others by which object they are."""
-    if isinstance(constant, torch.Tensor) and constant.device.type == "cpu" and constant.numel() <= 16:
+    """Small constants are told apart by what they hold; others, and the caller's, by their identity."""
+    own = torch._dynamo.utils.get_static_address_type(constant) is None
+    small = isinstance(constant, torch.Tensor) and constant.device.type == "cpu" and constant.numel() <= 16
+    if own and small:
         return f"{constant.dtype} {tuple(constant.shape)} {constant.tolist()}"
     return f"{id(constant)}"
 

@@ -1,5 +1,6 @@
-"""A grouped product of few rows becomes a reduction over each row's own expert: only such a one, exactly."""
+"""A product of few rows becomes a reduction over each row's own expert: only such a one, exactly."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -164,3 +165,91 @@ def test_with_gradients_it_stays() -> None:
     program = traced(module, {"weight": module.weight}, given, Options(), dynamic=False)
     program.grad_enabled = True
     assert expert_rows.run(program).matches == []
+
+
+# The product of weights that are chosen by number with a row for each of them
+
+Compute = Callable[[Tensor, Tensor, Tensor], Any]
+TAKEN: dict[str, Compute] = {
+    "bmm": lambda w, ids, x: torch.bmm(w[ids], x.unsqueeze(-1)),
+    "the row first": lambda w, ids, x: x[:, None] @ w.index_select(0, ids).mT,
+    "turned before they are chosen": lambda w, ids, x: x[:, None] @ w.mT[ids],
+    "einsum": lambda w, ids, x: torch.einsum("soi,si->so", w[ids], x),
+    "sum": lambda w, ids, x: (w[ids] * x[:, None]).sum(-1),
+    "half of the rows": lambda w, ids, x: [part @ x[..., None] for part in w[ids].chunk(2, 1)][1],
+    "one row for all": lambda w, ids, x: w[ids] @ x[1],
+    "numbers in two dimensions": lambda w, ids, x: torch.einsum("tkoi,ti->tko", w[ids.view(2, 2)], x[::2]),
+    "both of a pair": lambda w, ids, x: w[ids.view(2, 2)] @ x.view(2, 2, 8, 1),
+    "one that is chosen twice": lambda w, ids, x: w[ids * 0] @ x[..., None],
+    "counted from the end": lambda w, ids, x: w[ids - 5] @ x[..., None],
+}
+NOT_TAKEN: dict[str, Compute] = {
+    "the columns of square weights": lambda w, ids, x: x[:, None] @ w[:, :8][ids],
+    "summed over the chosen": lambda w, ids, x: torch.einsum("soi,si->o", w[ids], x),
+    "each with every row": lambda w, ids, x: torch.einsum("soi,ti->sto", w[ids], x),
+    "in another order": lambda w, ids, x: torch.einsum("soi,si->os", w[ids], x),
+    "by rows in another order": lambda w, ids, x: torch.einsum(
+        "stoi,tsi->sto", w[ids.view(2, 2)], x.view(2, 2, 8)
+    ),
+    "products that are read": lambda w, ids, x: (p := w[ids] * x[:, None]).sum(-1, keepdim=True) + p,
+    "of what is no parameter": lambda w, ids, x: x.view(2, 2, 8)[ids[1:3] % 2] @ x[0],
+    "doubled in between": lambda w, ids, x: w[ids].mul_(2) @ x[0],
+    "of many rows": lambda w, ids, x: w[ids.repeat(9)] @ x[0],
+}
+
+
+class Chosen(Grouped):
+    def __init__(self, compute: Compute) -> None:
+        super().__init__()
+        self.compute = compute
+
+    def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+        return (self.compute(self.weight, ids, x) * 2).contiguous()
+
+
+IDS = torch.tensor([3, 0, 4, 3])
+
+
+@pytest.mark.parametrize("name", TAKEN)
+def test_chosen_weights_are_read_where_they_lie(rewrite_equal: Any, name: str) -> None:
+    x, module = integer_tensor((4, 8), 0), Chosen(TAKEN[name])
+    rewritten = rewrite_equal(module, [x, IDS], passes=PASS, dynamic=False)
+    assert [match.detail for match in matches(rewritten)] == ["4 rows of 5 experts → reduction"]
+    for ids in (IDS.flip(0), IDS * 0 + 2):
+        assert torch.equal(rewritten.graph_module(x, ids), module(x, ids))
+    assert matches(rewrite(rewritten.graph_module, [x, IDS], passes=PASS, dynamic=False)) == []
+
+
+def test_a_product_of_chosen_weights_may_feed_another(rewrite_equal: Any) -> None:
+    module = Chosen(lambda w, ids, x: torch.einsum("soi,si->so", w[ids], w[ids] @ x[0]))
+    module.weight = nn.Parameter(torch.empty(5, 8, 8))
+    assert (
+        len(matches(rewrite_equal(module, [integer_tensor((4, 8), 0), IDS], passes=PASS, dynamic=False))) == 2
+    )
+
+
+@pytest.mark.parametrize("name", NOT_TAKEN)
+def test_other_products_of_chosen_weights_stay(rewrite_equal: Any, name: str) -> None:
+    given = [integer_tensor((4, 8), 0), IDS]
+    assert matches(rewrite_equal(Chosen(NOT_TAKEN[name]), given, passes=PASS, dynamic=False)) == []
+
+
+def test_products_of_chosen_weights_stay_where_gradients_are_on() -> None:
+    module = Chosen(TAKEN["bmm"])
+    given = [integer_tensor((4, 8), 0), IDS]
+    program = traced(module, {"weight": module.weight}, given, Options(), dynamic=False)
+    program.grad_enabled = True
+    assert expert_rows.run(program).matches == []
+
+
+def test_chosen_weights_in_half_precision_are_summed_in_fp32() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16):
+        module = Chosen(TAKEN["sum"]).to(dtype)
+        nn.init.normal_(module.weight)
+        x = torch.randn(4, 8, dtype=dtype)
+        got = rewrite(module, [x, IDS], passes=PASS, dynamic=False)
+        exact = 2 * (module.weight.double()[IDS] @ x.double().unsqueeze(-1)).squeeze(-1)
+        error = (got.graph_module(x, IDS).double() - exact).abs()
+        assert len(matches(got)) == 1
+        assert bool((error <= exact.abs() * torch.finfo(dtype).eps + 1e-6).all())

@@ -34,6 +34,23 @@ def test_many_graphs_train_alike() -> None:
     check(range(21_000, 22_000))
 
 
+def assert_same_gradient(module: nn.Module) -> None:
+    """Of the sum of its results by the input; its weights are frozen, and two of its linears are merged."""
+
+    def gradient(call: Callable[[Tensor], Tensor]) -> Tensor:
+        x = torch.arange(18.0).reshape(3, 6).requires_grad_()
+        return torch.autograd.grad(call(x.clone()).sum(), x)[0]
+
+    module.requires_grad_(False)
+    integer_like_(module, seed=1)
+    options = {"inner": "eager", "passes": "same_input_linears", "report": "off"}
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="fxfuse", options=options, dynamic=False)
+    assert torch.equal(gradient(compiled), gradient(module))
+    report = report_of(module.parameters())
+    assert report is not None and report.matched == 1
+
+
 @pytest.mark.parametrize("filled_later", [False, True])
 def test_no_gradient_passes_a_view_of_what_is_detached(filled_later: bool) -> None:
     """Of frozen linears and an input that trains; also where the memory gets its gradient afterwards."""
@@ -50,18 +67,7 @@ def test_no_gradient_passes_a_view_of_what_is_detached(filled_later: bool) -> No
             y = memory.copy_(y) if filled_later else y
             return y * self.b(x) + view * 3
 
-    def gradient(call: Callable[[Tensor], Tensor]) -> Tensor:
-        x = torch.arange(18.0).reshape(3, 6).requires_grad_()
-        return torch.autograd.grad(call(x.clone()).sum(), x)[0]
-
-    module = Frozen().requires_grad_(False)
-    integer_like_(module, seed=1)
-    options = {"inner": "eager", "passes": "same_input_linears", "report": "off"}
-    compiled = torch.compile(module, backend="fxfuse", options=options, dynamic=False)
-    torch._dynamo.reset()
-    assert torch.equal(gradient(compiled), gradient(module))
-    report = report_of(module.parameters())
-    assert report is not None and report.matched == 1
+    assert_same_gradient(Frozen())
 
 
 @pytest.mark.parametrize("idle", [lambda x: x.view_as(x), lambda x: x.clone()], ids=["view", "clone"])
@@ -76,15 +82,4 @@ def test_no_gradient_passes_what_is_made_where_gradients_are_off(idle: Callable[
                 y = idle(x)
             return self.a(x) * self.b(x) + self.c(y)
 
-    def gradient(call: Callable[[Tensor], Tensor]) -> Tensor:
-        x = torch.arange(18.0).reshape(3, 6).requires_grad_()
-        return torch.autograd.grad(call(x.clone()).sum(), x)[0]
-
-    module = Frozen().requires_grad_(False)
-    integer_like_(module, seed=1)
-    options = {"inner": "eager", "passes": "same_input_linears", "report": "off"}
-    torch._dynamo.reset()
-    compiled = torch.compile(module, backend="fxfuse", options=options, dynamic=False)
-    assert torch.equal(gradient(compiled), gradient(module))
-    report = report_of(module.parameters())
-    assert report is not None and report.matched == 1
+    assert_same_gradient(Frozen())

@@ -18,6 +18,9 @@ from transformers import (
     Qwen3NextForCausalLM,
 )
 
+from fxfuse.passes import pipeline
+from fxfuse.passes.program import Program
+
 
 @pytest.fixture(scope="session", autouse=True)
 def _quiet(quiet: None) -> None:
@@ -35,6 +38,21 @@ def make_next(hybrid: dict[str, Any]) -> Callable[..., Any]:
         return Qwen3NextForCausalLM(Qwen3NextConfig(**given)).eval()
 
     return make
+
+
+@pytest.fixture()
+def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
+    """The programs that passes have rewritten, as they are compiled."""
+    seen: list[Program] = []
+    apply = pipeline.apply
+
+    def recording(*args: Any) -> Any:
+        result = apply(*args)
+        seen.append(result[0])
+        return result
+
+    monkeypatch.setattr(pipeline, "apply", recording)
+    return seen
 
 
 # --- checkpoints whose widths are all different, for plans and conversions

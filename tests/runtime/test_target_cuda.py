@@ -37,21 +37,6 @@ def steps(model: Any, cache: Any, prompt: Tensor, mask: Tensor | None = None) ->
     return logits
 
 
-@pytest.fixture()
-def graphs(monkeypatch: pytest.MonkeyPatch) -> list[Program]:
-    """The programs that passes have rewritten, as they are compiled."""
-    seen: list[Program] = []
-    apply = pipeline.apply
-
-    def recording(*args: Any) -> Any:
-        result = apply(*args)
-        seen.append(result[0])
-        return result
-
-    monkeypatch.setattr(pipeline, "apply", recording)
-    return seen
-
-
 def operators(program: Program) -> Counter[str]:
     names = (str(node.target) for node in program.graph.nodes)
     return Counter(name.split(".")[1] for name in names if name.startswith("fxfuse."))

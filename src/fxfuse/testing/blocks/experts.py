@@ -1,4 +1,7 @@
-"""Experts of one token: its rows, sorted by expert, in one grouped product (Qwen3.5-MoE in transformers)."""
+"""Experts of one token: its rows, sorted by expert, in one grouped product (Qwen3.5-MoE in transformers).
+
+Or one row for each expert that was chosen, with a copy of that expert's weights.
+"""
 
 import random
 
@@ -27,4 +30,17 @@ def _write(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
     return [s.mul(s.reshape(made, 1, 1, chosen * HEIGHT), 2)]
 
 
-BLOCKS = (Block("experts_of_one_token", "expert_rows", _draw, _write),)
+def _write_chosen(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
+    chosen, experts = sizes["chosen"], sizes["experts"]
+    row = s.reshape(s.linear(x, WIDTH, name="in_proj"), 1, WIDTH)
+    rows = s.cat([s.mul(row, n + 1) for n in range(chosen)], dim=-2)
+    weights = s.parameter("experts", integer_tensor((experts, HEIGHT, WIDTH), s.seed))
+    ids = s.input(torch.arange(chosen).mul(3).add(s.seed).remainder(experts))
+    made = s.spell("each_times_its_row", s.same(s.spell("chosen", weights, ids)), rows)
+    return [s.mul(made, 2)]
+
+
+BLOCKS = (
+    Block("experts_of_one_token", "expert_rows", _draw, _write),
+    Block("chosen_experts", "expert_rows", _draw, _write_chosen),
+)
