@@ -5,10 +5,12 @@ After:  y = Σ_k w[:, k] · x[:, :, k : T - K + 1 + k] + b, summed in fp32, in x
 """
 
 import sys
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -16,18 +18,20 @@ from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.storage_writes import is_contiguous
-from fxfuse.patterns.readings import CONV1D
+from fxfuse.passes.storage_writes import StorageWrites, layout_shows, storage_of
+from fxfuse.patterns.ops import VIEWS
+from fxfuse.patterns.readings import AFTER_CONVOLUTION, CONV1D, CUTS
 
 RULE = "depthwise_convs"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LONGEST = 8  # more taps than this are better left to a library
 
 
-def _replace(program: Program, conv: Node, padding: int) -> None:
+def _replace(program: Program, conv: Node, padding: int, after: Sequence[Node]) -> None:
+    """`after` is what `_in_rows` finds: then all of it is computed over [N, T, C]."""
     aten, graph = torch.ops.aten, program.graph
     x, weight, bias = (*conv.args, None)[:3]
-    dtype = conv.meta["val"].dtype
+    dtype, tokens = conv.meta["val"].dtype, 1 if after else 2
     channels, _, taps = weight.meta["val"].shape  # type: ignore[union-attr]
 
     call = partial(regions.call, program, conv)
@@ -36,27 +40,65 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
         return node if dtype == torch.float32 else call(aten.to.dtype, node, torch.float32)
 
     with graph.inserting_before(conv):
-        padded = call(aten.constant_pad_nd.default, x, [padding, padding]) if padding else x
-        row, columns = wide(padded), call(aten.permute.default, wide(weight), [2, 0, 1])
+        padded = call(aten.transpose.int, x, 1, 2) if after else x
+        if padding:
+            zeros = [0, 0, padding, padding] if after else [padding, padding]
+            padded = call(aten.constant_pad_nd.default, padded, zeros)
+        row = wide(padded)
+        columns = call(aten.permute.default, wide(weight), [2, 1, 0] if after else [2, 0, 1])
         if not statically_known_true(conv.meta["val"].shape[-1] == 1):
             # Once: else each column is gathered for each token.
             columns = call(aten.contiguous.default, columns)
-            columns = regions.written_out(program, conv, columns, taps, channels, 1)
+            sizes = (1, channels) if after else (channels, 1)
+            columns = regions.written_out(program, conv, columns, taps, *sizes)
         products = []
         for k in range(taps):
-            shifted = call(aten.slice.Tensor, row, 2, k, k - taps + 1 or sys.maxsize)
+            shifted = call(aten.slice.Tensor, row, tokens, k, k - taps + 1 or sys.maxsize)
             products.append(call(aten.mul.Tensor, shifted, call(aten.select.int, columns, 0, k)))
         y = products[0]
         for product in products[1:]:
             y = call(aten.add.Tensor, y, product)
         if bias is not None:
-            y = call(aten.add.Tensor, y, call(aten.unsqueeze.default, bias, 1))
+            y = call(aten.add.Tensor, y, bias if after else call(aten.unsqueeze.default, bias, 1))
         if dtype != torch.float32:
             y = call(aten.to.dtype, y, dtype)
-        if not is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
+        if not after and not regions.is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
             y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
-    conv.replace_all_uses_with(y)
-    graph.erase_node(conv)
+    for node in after[:-1]:
+        _, *others = node.args
+        if node.target == aten.slice.Tensor:
+            others[0] = tokens
+        with graph.inserting_before(node):
+            y = regions.call(program, node, node.target, y, *others)
+            y.kwargs = node.kwargs
+    (after[-1] if after else conv).replace_all_uses_with(y)
+    regions.erase(program, (conv, *after))
+
+
+def _in_rows(conv: Node) -> list[Node]:
+    """What follows a convolution element by element, up to the view of it as [N, T, C]; nothing without one.
+
+    Inductor writes in the order of the axes, and what reads such a view wants it token by token.
+    """
+    found, node = [], conv
+    while len(node.users) == 1:
+        source, (node,) = node, node.users
+        found.append(node)
+        if str(node.target) in VIEWS and _is_turned(source.meta["val"], node.meta["val"]):
+            return found
+        cut = str(node.target) == "aten.slice.Tensor" and node.args[1] in (2, -1)
+        alone = node.args[0] is source and not any(
+            isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes if n is not source
+        )
+        if not alone or not (cut or str(node.target) in AFTER_CONVOLUTION - VIEWS - CUTS):
+            break
+    return []
+
+
+def _is_turned(value: Tensor, view: Tensor) -> bool:
+    turned = value.transpose(1, 2)
+    pairs = zip((*view.shape, *view.stride()), (*turned.shape, *turned.stride()), strict=True)
+    return view.dim() == 3 and all(statically_known_true(a == b) for a, b in pairs)
 
 
 def padding_of(conv: Node) -> int | None:
@@ -76,13 +118,16 @@ def padding_of(conv: Node) -> int | None:
 def run(program: Program) -> Outcome:
     """Rewrite every short depthwise convolution of stride 1 on a CPU; others are no candidates."""
     outcome = Outcome()
-    mode = modes(program.graph, program.grad_enabled)
+    mode, shows = modes(program.graph, program.grad_enabled), layout_shows(program.graph)
+    writes = StorageWrites(program.graph)
     for conv in program.calls(CONV1D):
         padding = padding_of(conv)
         if padding is None or mode[conv] != PLAIN:  # with gradients every product would be kept
             continue
-        weight = conv.args[1]
-        _replace(program, conv, padding)
+        weight, after = conv.args[1], _in_rows(conv)
+        if after and (storage_of(after[-1]) in shows or writes.is_written(after[-1])):
+            after = []
+        _replace(program, conv, padding, after)
         where = program.name_of(weight) or module_path(conv) or conv.name  # type: ignore[arg-type]
         outcome.matches.append(Match(RULE, where, (), "1 convolution → shifted products"))
     return outcome

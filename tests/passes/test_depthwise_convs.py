@@ -66,6 +66,74 @@ def test_who_reads_its_strides_sees_those_of_a_convolution(rewrite_equal: Any, p
     assert len(matches(rewrite_equal(Strided(), [integer_tensor((2, 5, 6), 0)], passes=PASS))) == 1
 
 
+class Rows(nn.Module):
+    """A convolution over some columns of a merged linear, and what is read of it row by row."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], read: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 4, groups=6, padding=3)
+        self.between, self.read = between, read
+
+    def forward(self, x: Tensor) -> Any:
+        y = self.conv(x[..., :6].transpose(1, 2))
+        return self.read(self.between(y)[:, :, : x.shape[1]].transpose(1, 2))
+
+
+def heads(rows: Tensor) -> list[Tensor]:
+    return [part.reshape(*rows.shape[:2], 1, 3) @ torch.ones(3, 2) for part in rows.split(3, dim=-1)]
+
+
+BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
+    "nothing": (lambda y: y, True),
+    "a scale": (lambda y: y * 2, True),
+    "a cast": (lambda y: y.double(), True),
+    "another value as well": (lambda y: y + y.sum(), False),
+    "another tensor": (lambda y: y * torch.arange(y.shape[-1]), False),
+    "an order of its own": (lambda y: y.cumsum(-1), False),
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN)
+def test_what_is_read_row_by_row_is_computed_so(rewrite_equal: Any, between: str) -> None:
+    change, in_rows = BETWEEN[between]
+    module = Rows(change, lambda rows: heads(rows.float()))
+    rewritten = rewrite_equal(module, [integer_tensor((2, 9, 8), 0)], passes=PASS)
+    assert len(matches(rewritten)) == 1 and computed_in_rows(rewritten) == in_rows
+    for length in (1, 5, 30):
+        x = integer_tensor((2, length, 8), length)
+        assert all(map(torch.equal, rewritten.graph_module(x), module(x)))
+
+
+def computed_in_rows(rewritten: Rewritten) -> bool:
+    """Whether the products with the taps are written with tokens before channels."""
+    graph = rewritten.graph_module.graph
+    products = graph.find_nodes(op="call_function", target=torch.ops.aten.add.Tensor)
+    return products[0].meta["val"].shape[-1] == 6
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda rows: rows,
+        lambda rows: rows[:, 1:],
+        lambda rows: rows.sigmoid(),
+        lambda rows: rows.as_strided((4,), (1,), 1) * 2,
+        lambda rows: rows.mul_(2).sum(-1),
+        lambda rows: (rows[..., 0].zero_(), rows.sum(-1))[1],
+        lambda rows: torch.nonzero(rows),
+    ],
+    ids=["as it is", "a part", "computed", "strides", "written", "a written part", "unknown size"],
+)
+def test_whoever_sees_the_layout_of_a_view_sees_that_of_a_convolution(
+    rewrite_equal: Any, read: Callable[[Tensor], Tensor]
+) -> None:
+    module = Rows(torch.nn.functional.silu, read)
+    x = integer_tensor((2, 9, 8), 0)
+    rewritten = rewrite_equal(module, [x], passes=PASS, dynamic=False)
+    assert len(matches(rewritten)) == 1
+    made, expected = rewritten.graph_module(x), module(x)
+    assert made.stride() == expected.stride()
+
 @pytest.mark.parametrize(
     "other",
     [
