@@ -16,9 +16,9 @@ from fxfuse.passes.modes import grad_enabled_at
 from fxfuse.passes.numbered_features import MOST_ELEMENTS, Cut, TooLarge, cuts_of, region_of
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.regions import call, is_contiguous
+from fxfuse.passes.regions import call
 from fxfuse.passes.same_input_linears import bias_of, weight_of
-from fxfuse.passes.storage_writes import StorageWrites, layout_matters, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, is_contiguous, layout_matters, storage_of
 from fxfuse.patterns import ops
 
 RULE = "layout_chains"

@@ -12,8 +12,14 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import is_contiguous
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, layout_shows, storage_of
+from fxfuse.passes.storage_writes import (
+    StorageWrites,
+    equal_sizes,
+    is_contiguous,
+    layout_matters,
+    layout_shows,
+    storage_of,
+)
 from fxfuse.patterns import ops
 
 

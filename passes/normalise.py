@@ -24,9 +24,9 @@ from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.pointwise_convolutions import spell_pointwise_convolutions
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import is_contiguous
 from fxfuse.passes.storage_writes import (
     StorageWrites,
+    is_contiguous,
     layout_shows,
     same_memory,
     storage_of,

@@ -143,7 +143,7 @@ FAULTS = (
     Fault("passes/weights/transform.py", "block = block.t() if rows.transposed else block", "block = block", PLAN),
     Fault("passes/expert_rows.py", "aten.le.Tensor, offsets", "aten.lt.Tensor, offsets", EXPERTS),
     Fault("passes/expert_rows.py", "mode[grouped] != PLAIN or", "False or", EXPERTS),
-    Fault("passes/expert_rows.py", "and regions.is_contiguous(experts.mT)", "", EXPERTS),
+    Fault("passes/expert_rows.py", "and is_contiguous(experts.mT)", "", EXPERTS),
     Fault("passes/expert_rows.py", "y = call(aten.where.ScalarOther, call(aten.unsqueeze.default, somebodys, 1), y, 0.0)", "pass", EXPERTS),
     Fault("passes/expert_rows.py", "if writes.is_written(weight) or writes.is_written(source):", "if writes.is_written(weight):", EXPERTS),
     Fault("passes/judge.py", "        if idle:\n", "        if False:\n", PASSES + "test_judge.py"),
