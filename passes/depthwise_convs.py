@@ -16,6 +16,7 @@ from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
+from fxfuse.passes.storage_writes import is_contiguous
 from fxfuse.patterns.readings import CONV1D
 
 RULE = "depthwise_convs"
@@ -52,7 +53,7 @@ def _replace(program: Program, conv: Node, padding: int) -> None:
             y = call(aten.add.Tensor, y, call(aten.unsqueeze.default, bias, 1))
         if dtype != torch.float32:
             y = call(aten.to.dtype, y, dtype)
-        if not regions.is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
+        if not is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
             y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
     conv.replace_all_uses_with(y)
     graph.erase_node(conv)

@@ -21,7 +21,7 @@ from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.one_row_linears import DTYPES, Stays, none_stays
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.storage_writes import StorageWrites
+from fxfuse.passes.storage_writes import StorageWrites, is_contiguous
 from fxfuse.patterns import ops
 
 RULE = "expert_rows"
@@ -52,8 +52,8 @@ def _suits(grouped: Node, weight: Node) -> bool:
         and rows.shape[0] <= MOST_ROWS
         and rows.dtype == experts.dtype == y.dtype
         and y.dtype in DTYPES
-        and regions.is_contiguous(y)
-        and regions.is_contiguous(experts.mT)
+        and is_contiguous(y)
+        and is_contiguous(experts.mT)
     )
 
 

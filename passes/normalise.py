@@ -12,6 +12,7 @@ import torch
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.constants import spell_constants
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
@@ -23,9 +24,9 @@ from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.pointwise_convolutions import spell_pointwise_convolutions
 from fxfuse.passes.pointwise_spellings import spell_pointwise
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import is_contiguous
 from fxfuse.passes.storage_writes import (
     StorageWrites,
+    is_contiguous,
     layout_shows,
     same_memory,
     storage_of,
@@ -111,11 +112,13 @@ def _one_name(program: Program) -> None:
             negates = type(number) in (int, float) and number == -1 and isinstance(x, Node)
             if negates and not node.kwargs and x.meta["val"].is_floating_point():  # type: ignore[union-attr]
                 node.target, node.args = torch.ops.aten.neg.default, (x,)
-    writes = StorageWrites(program.graph)
+    writes, backward = StorageWrites(program.graph), Backward(program)
     for node in program.calls(ops.SUB):
         x, y = (*node.args, None)[:2]
         plain = len(node.args) == 2 and not node.kwargs and isinstance(y, Node) and str(y.target) == ops.NEG
-        if plain and not writes.is_written(y) and not writes.is_written(y.args[0]):  # type: ignore[arg-type, union-attr]
+        if not plain or backward.parts(node, y):  # type: ignore[arg-type]
+            continue
+        if not writes.is_written(y) and not writes.is_written(y.args[0]):  # type: ignore[arg-type, union-attr]
             node.target, node.args = torch.ops.aten.add.Tensor, (x, y.args[0])  # type: ignore[union-attr]
     for node in program.calls(*ops.CASTS_TO_DEVICE):
         given, got = (n.meta["val"] for n in (node.args[0], node))  # type: ignore[union-attr]
@@ -178,8 +181,11 @@ def _is_legacy_empty(part: object) -> bool:
 
 def _fold_identities(program: Program) -> None:
     """to(x, x.dtype) -> x, alias(x) -> x: where the result is the very memory of the input."""
+    backward = Backward(program)
     for node in program.calls(*ops.MAYBE_IDENTITY):
         source = node.args[0]
+        if backward.stops_at(node):
+            continue
         if isinstance(source, Node) and _is_the_same(program, node, source):
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
@@ -230,9 +236,10 @@ def _one_view_of_each(program: Program) -> None:
 
 def _writes_to_the_base(program: Program) -> None:
     """copy_(detach(x), v) -> copy_(x, v): the very same memory."""
+    backward = Backward(program)
     for node in program.graph.nodes:
         for place in written_by(node):
-            base = place.args[0] if _hands_on_memory(place) else None
+            base = place.args[0] if _hands_on_memory(place) and not backward.stops_at(place) else None
             if isinstance(base, Node) and _is_the_same(program, place, base):
                 node.replace_input_with(place, base)
 
@@ -243,7 +250,7 @@ def _one_reshape(program: Program) -> None:
     Unless that memory is written, when a copy would lose the write, and a view of what was copied show it.
     """
     writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), False
-    (output,) = program.graph.find_nodes(op="output")
+    (output,), backward = program.graph.find_nodes(op="output"), Backward(program)
     for node in program.calls(ops.UNFLATTEN):
         sizes, source = list(node.meta["val"].shape), node.args[0]
         made = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
@@ -252,6 +259,8 @@ def _one_reshape(program: Program) -> None:
     for node in program.calls(ops.RESHAPE):
         source = node.args[0]
         if not isinstance(source, Node) or str(source.target) not in (ops.RESHAPE, ops.FLATTEN):
+            continue
+        if backward.parts(node, source):
             continue
         whole: Node = source.args[0]  # type: ignore[assignment]
         value = value_of(whole)

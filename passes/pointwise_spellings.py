@@ -15,8 +15,8 @@ from torch.fx import Node
 from fxfuse.passes.linear_spellings import equation_of, value_of
 from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import call, is_contiguous
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
+from fxfuse.passes.regions import call
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, is_contiguous, layout_shows, storage_of
 from fxfuse.patterns import ops
 
 _aten = torch.ops.aten

@@ -11,11 +11,16 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.program import Program
-from fxfuse.passes.storage_writes import StorageWrites, layout_shows, storage_of, written_by
+from fxfuse.passes.storage_writes import (
+    StorageWrites,
+    is_contiguous,
+    layout_shows,
+    storage_of,
+    written_by,
+)
 from fxfuse.patterns.matcher import is_cast
 
 
@@ -72,16 +77,6 @@ class Refused(Exception):
     def __init__(self, node: Node, reason: str) -> None:
         super().__init__(reason)
         self.node, self.reason = node, reason
-
-
-def is_contiguous(value: Any) -> bool:
-    """Without asking the shape environment for a guard, as the method of symbolic tensors would."""
-    expected: Any = 1
-    for size, stride in zip(value.shape[::-1], value.stride()[::-1], strict=True):
-        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
-            return False
-        expected = expected * size
-    return True
 
 
 class Guards:

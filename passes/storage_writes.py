@@ -66,6 +66,16 @@ def is_idle_view(node: Node) -> bool:
     return isinstance(source, Node) and same_memory(node, source)
 
 
+def is_contiguous(value: Any) -> bool:
+    """Without asking the shape environment for a guard, as the method of symbolic tensors would."""
+    expected: Any = 1
+    for size, stride in zip(value.shape[::-1], value.stride()[::-1], strict=True):
+        if not statically_known_true(size == 1) and not statically_known_true(stride == expected):
+            return False
+        expected = expected * size
+    return True
+
+
 def equal_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
     return len(sizes) == len(others) and all(map(_equal, sizes, others))
@@ -147,10 +157,23 @@ def layout_shows(graph: Graph) -> set[int | None]:
     """The storages whose strides decide those of something that leaves the graph or is read by strides."""
     found = layout_matters(graph)
     for node in reversed(graph.nodes):
-        pointwise = isinstance(node.target, OpOverload) and torch.Tag.pointwise in node.target.tags
-        if (pointwise or str(node.target) in ops.KEEP_ORDER) and storage_of(node) in found:
-            found |= {storage_of(value) for value in node.all_input_nodes} - {None}
+        if node.op == "call_function" and _keeps_order(node):
+            read = {storage_of(value) for value in node.all_input_nodes} - {None}
+            made = storages(node.meta.get("val"))
+            if made & found and not made & read:  # a view is its input's memory, and so is what is written
+                found |= read
     return found
+
+
+def _keeps_order(node: Node) -> bool:
+    """Whether the strides of what a call makes may be those of its inputs."""
+    name = str(node.target).rpartition(".")[0]
+    if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
+        return False
+    if name in ops.CHANNELS_MAY_LIE_LAST:
+        value = node.meta.get("val")
+        return isinstance(value, torch.Tensor) and value.dim() > 3 and not is_contiguous(value)
+    return name not in ops.LAID_OUT_ANEW
 
 
 def _reads_strides(node: Node) -> bool:

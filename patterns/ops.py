@@ -135,12 +135,30 @@ VIEWS = frozenset(
     }
 )
 
-# Lay their result out in the order of their input's memory, as pointwise calls do.
-KEEP_ORDER = frozenset({"aten.clone.default", "aten.dropout.default", "aten.to.dtype"})
+# Lay their result out row by row, or as its sizes say, whatever the strides of their inputs are; without
+# overload. Any other call may keep the order of its input's memory, as pointwise ones do.
+LAID_OUT_ANEW = frozenset(
+    f"aten.{name}"
+    for name in (
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "einsum", "_grouped_mm"),
+        *("conv1d", "scaled_dot_product_attention", "embedding", "layer_norm", "linalg_vecdot"),
+        *("sum", "mean", "prod", "var", "std", "amax", "amin", "argmax", "argmin", "any", "all"),
+        *("norm", "linalg_vector_norm", "logsumexp", "softmax", "_softmax", "log_softmax"),
+        *("cumsum", "cumprod", "logcumsumexp", "tril", "triu", "topk", "gather", "index_select"),
+        *("cat", "concat", "concatenate", "stack", "repeat", "tile", "repeat_interleave"),
+        *("contiguous", "reshape", "flatten", "new_empty", "new_zeros", "new_ones", "new_full"),
+        *("pad", "constant_pad_nd", "unfold", "one_hot"),
+    )
+)
+# Of these, the ones that keep images, whose channels may lie last, in that order.
+CHANNELS_MAY_LIE_LAST = frozenset(
+    f"aten.{name}" for name in ("cat", "concat", "concatenate", "stack", "pad", "constant_pad_nd")
+)
 
-# Answer by the strides or the offset of their input, not by its elements alone.
+# Answer by the strides or the offset of their input, not by its elements alone, or take it only with some.
 STRIDE_READERS = frozenset(
     {
+        "aten._grouped_mm.default",
         "aten.as_strided.default",
         "aten.as_strided_.default",
         "aten.set_.source_Tensor",

@@ -5,7 +5,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,42 +111,66 @@ def write_tensors(
     return files
 
 
-def files_beside(source: Path) -> list[Path]:
-    """What is beside the weights: config, tokenizer, generation settings, licence.
+def files_beside(source: Path, weights: Collection[Path]) -> tuple[list[Path], list[str]]:
+    """What goes along with `weights`, and the names of what stays behind.
 
-    Raises CheckpointError for a folder that cannot be listed and for a link out of it.
+    Config, tokenizer, chat templates, generation settings and licence go along, those in folders as well.
+    Weights that were not read, for want of a place in the index say, folders that hold weights of their own
+    and links that lead to no file stay behind; hidden files are not looked at.
+
+    Raises CheckpointError for a folder that cannot be listed and for a link out of the source.
     """
+    files: list[Path] = []
+    left_out: list[str] = []
     try:
-        beside = sorted(source.iterdir())
+        for item in _visible(source):
+            inside = list(_within(item))
+            if inside != [item] and any(file.name.endswith(_WEIGHTS) for file in inside):
+                left_out.append(f"{item.name}/")
+                continue
+            for file in inside:
+                if file in weights or file in (source / PLAN, source / INDEX):
+                    continue
+                if file.is_file() and not file.name.endswith(_WEIGHTS):
+                    files.append(file)
+                else:
+                    left_out.append(str(file.relative_to(source)))
     except OSError as error:
         raise CheckpointError(
             f"{source}: cannot be listed ({error}); allow it, or copy the folder"
         ) from error
-    files = [
-        file
-        for file in beside
-        if file.name != PLAN
-        and not file.name.startswith(".")
-        and not file.name.endswith(_WEIGHTS)
-        and file.is_file()
-    ]
     for file in files:
         check_inside(source, file)
-    return files
+    return files, left_out
 
 
-def carry_files(files: Sequence[Path], folder: Path) -> list[str]:
-    """Copy files to a folder; the names copied."""
-    for file in files:
+def _visible(folder: Path) -> list[Path]:
+    return sorted(item for item in folder.iterdir() if not item.name.startswith("."))
+
+
+def _within(item: Path) -> Iterator[Path]:
+    """The files of a folder and of the folders in it; a link to a folder is not followed."""
+    if item.is_symlink() or not item.is_dir():
+        yield item
+        return
+    for inner in _visible(item):
+        yield from _within(inner)
+
+
+def carry_files(source: Path, files: Sequence[Path], folder: Path) -> list[str]:
+    """Copy files of the source to the same place in a folder; the places."""
+    places = [file.relative_to(source) for file in files]
+    for file, place in zip(files, places, strict=True):
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
         try:
             opened = open(file, "rb")  # noqa: SIM115
         except OSError as error:
             raise CheckpointError(f"{file}: cannot be read ({error}); allow it, or remove it") from error
-        with opened, open(folder / file.name, "xb") as out:
+        with opened, open(folder / place, "xb") as out:
             shutil.copyfileobj(opened, out)
             out.flush()
             os.fsync(out.fileno())
-    return [file.name for file in files]
+    return [place.as_posix() for place in places]
 
 
 def write_text(file: Path, text: str) -> None:

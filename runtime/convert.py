@@ -32,7 +32,11 @@ _STEP = 2**20
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` did: where from and to, how much in which files, and how long it took."""
+    """What `convert` did: where from and to, how much in which files, and how long it took.
+
+    `carried` are the files that were copied as they are, `left_out` those of the source that were not:
+    weights that its index does not name or in formats that are not read, and folders that hold weights.
+    """
 
     source: str
     destination: str
@@ -41,6 +45,7 @@ class Conversion:
     changed: int
     files: tuple[str, ...]
     carried: tuple[str, ...]
+    left_out: tuple[str, ...]
     bytes: int
     seconds: float
     plan_digest: str
@@ -59,6 +64,7 @@ class Conversion:
         return (
             f"{self.destination}: layout {self.layout}, {self.tensors} tensors ({self.changed} made anew) "
             f"in {files}, {self.bytes / 1e9:.2f} GB in {self.seconds:.1f} s ({rate:.2f} GB/s)"
+            + (f"; left out: {', '.join(self.left_out)}" if self.left_out else "")
         )
 
 
@@ -76,9 +82,11 @@ def convert(
     """Write the checkpoint in `src_dir` to `dst_dir` in another layout, every tensor in its own dtype.
 
     Memory does not grow with the model or with a tensor. Config, tokenizer and other files beside the
-    weights are carried along byte for byte, and the plan is kept in `fxfuse_plan.json`: with it the directory
-    can be converted again, also back to "hf". Files are rewritten, not models: config.json still names the
-    model that the weights are of, also where a layout ("qwen3_next", "qwen3_5") is that of another family.
+    weights are carried along byte for byte, those in folders as well; weights that were not read, and
+    folders that hold some, stay behind, and the record names them. The plan is kept in `fxfuse_plan.json`:
+    with it the directory can be converted again, also back to "hf". Files are rewritten, not models:
+    config.json still names the model that the weights are of, also where a layout ("qwen3_next", "qwen3_5")
+    is that of another family.
     The destination appears when everything is on the disk, or not at all.
 
     Args:
@@ -108,11 +116,11 @@ def convert(
         origin = _after(earlier, planned, entries)
     tensors = PlannedTensors(entries, planned)
     check_scales(entries)
-    beside = files_beside(source)
+    beside, left_out = files_beside(source, {entry.file for entry in entries.values()})
     _check_room(destination, sum(tensors.describe(name).size for name in tensors.names))
     with new_directory(destination, overwrite) as folder:
         files = write_tensors(folder, tensors, shard_bytes, progress)
-        carried = carry_files(beside, folder)
+        carried = carry_files(source, beside, folder)
         if len(origin):
             write_text(folder / PLAN, origin.to_json() + "\n")
     return Conversion(
@@ -123,6 +131,7 @@ def convert(
         changed=len(planned),
         files=tuple(files),
         carried=tuple(carried),
+        left_out=tuple(left_out),
         bytes=sum(tensors.describe(name).size for name in tensors.names),
         seconds=time.perf_counter() - start,
         plan_digest=planned.digest,

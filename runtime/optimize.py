@@ -20,7 +20,7 @@ from fxfuse.errors import OptionError, UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import backend, leaves, live_weights, quantized_modules, unread_logs, warm_up
 from fxfuse.runtime.decoder_stack import inner_model
-from fxfuse.runtime.hooks import Hooks
+from fxfuse.runtime.hooks import Hooks, Present
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.report import Report, grouped
 
@@ -179,7 +179,7 @@ def _entry(session: backend.Session, options: Options, dynamic: bool | None) -> 
     model, report, mode = session.model, session.report, options.mode
     assert model is not None
     hooks = Hooks(model)
-    compiled_for: dict[frozenset[int], Callable[..., Any]] = {}
+    compiled_for: dict[Present, Callable[..., Any]] = {}
 
     def as_it_was(why: str, *args: Any, **kwargs: Any) -> Any:
         result = nn.Module._call_impl(model, *args, **kwargs)

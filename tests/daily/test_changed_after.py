@@ -92,6 +92,40 @@ def test_hooks_before_and_of_every_module_are_obeyed(small: Any) -> None:
     assert torch.equal(follows(small), before)
 
 
+def test_a_module_that_brings_a_hook_along_or_takes_it_elsewhere_is_obeyed(small: Any) -> None:
+    before = follows(small)
+    hooked = copy.deepcopy(small[0].gate)
+    hooked.register_forward_hook(lambda module, args, output: output * 3)
+    follows(small)
+    own, small[0].gate = small[0].gate, hooked
+    tripled = follows(small)
+    assert not torch.allclose(tripled, before)
+    small[0].gate, small[0].up = small[0].up, small[0].gate  # of one shape: nothing else tells them apart
+    assert not torch.allclose(follows(small), tripled)
+    small[0].gate, small[0].up = own, small[0].gate
+    assert torch.equal(follows(small), before)
+
+
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_every_module_come_as_often_as_without_us(small: Any, kind: str) -> None:
+    def heard(forward: Callable[[Tensor], Tensor]) -> list[str]:
+        seen: list[str] = []
+        x = X.clone().requires_grad_()
+        hook = getattr(nn.modules.module, f"register_module_{kind}_hook")(
+            lambda module, *_: seen.append(type(module).__name__)
+        )
+        try:
+            forward(x).sum().backward()
+        finally:
+            hook.remove()
+        return sorted(name for name in seen if name != "GraphModule")  # of a graph that runs as it was
+
+    small(X).sum().backward()  # compiled without the hook
+    expected = heard(copy.deepcopy(small))
+    assert heard(small) == expected and len(expected) > 4
+    assert len(report_of(small).graphs) > 1
+
+
 def test_hooks_that_come_and_go_at_every_call_are_obeyed_and_not_compiled_forever(
     small: Any, caplog: pytest.LogCaptureFixture
 ) -> None:

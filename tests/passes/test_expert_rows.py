@@ -111,6 +111,20 @@ def test_a_copy_that_is_written_itself_is_read(rewrite_equal: Any, copy: Any) ->
     rewrite_equal(Edited(), [integer_tensor((5, 8), 0), offsets(1, 2, 3, 4, 5)], passes=PASS, dynamic=False)
 
 
+@pytest.mark.parametrize("idle", [lambda w: w.neg().neg(), lambda w: w * 1], ids=["negatives", "product"])
+def test_experts_in_the_memory_of_one_stay_a_copy(rewrite_equal: Any, idle: Any) -> None:
+    """torch's product takes no weights of stride 0, which the copy does not have."""
+
+    class Repeated(Grouped):
+        def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+            weight = idle(self.weight[:1, :1].expand(5, 16, 8))
+            return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
+
+    given = [integer_tensor((5, 8), 0).bfloat16(), offsets(1, 2, 3, 4, 5)]
+    rewritten = rewrite_equal(Repeated(False).bfloat16(), given, passes="layout_chains", dynamic=False)
+    assert not [miss.reason for miss in rewritten.report.misses if "undone" in miss.reason]
+
+
 def test_a_product_may_feed_another(rewrite_equal: Any) -> None:
     class Two(Grouped):
         def forward(self, x: Tensor, offsets: Tensor) -> Tensor:

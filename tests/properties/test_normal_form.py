@@ -235,6 +235,31 @@ def test_what_looks_like_a_spelling_keeps_its_values(name: str) -> None:
     assert difference(module, rewritten.graph_module, [x], exact=True) is None
 
 
+KEPT: dict[str, Callable[[Tensor], Any]] = {
+    "a part of other memory like it": lambda y: torch.empty_like(y).copy_(y)[:, :3] * 2,
+    "memory like it": lambda y: torch.zeros_like(y) + 1,
+    "a cast": lambda y: y.type_as(torch.zeros((), dtype=torch.float64)),
+    "turned round": lambda y: y.flip(1),
+    "a product by its other name": lambda y: torch.multiply(y, 2),
+    "less, by its other name": lambda y: torch.less(y, 2),
+    "a choice of a number": lambda y: torch.where(y > 0, y, 0.0),
+    "rows chosen": lambda y: y[torch.tensor([1, 0, 1])],
+    "sorted": lambda y: y.sort(-1),
+    "a part is put": lambda y: torch.slice_scatter(y, y[:1] * 2, 0, 1, 2),
+    "added up": lambda y: y.cumsum(1),
+    "side by side": lambda y: torch.cat([y, y], 1),
+}
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_laid_out_as_its_input_leaves_with_its_strides(name: str) -> None:
+    """Behind a convolution of one tap, whose linear would be turned."""
+    module = Calls(lambda x, w, b: KEPT[name](torch.conv1d(x.mT, w[:, :, None], b)))
+    x = integer_tensor((2, 3, 8), 0)
+    rewritten = rewrite(module, [x])
+    assert difference(module, rewritten.graph_module, [x], exact=True) is None
+
+
 def test_vmap_is_no_obstacle() -> None:
     """Inside vmap a value has no storage to ask for."""
 

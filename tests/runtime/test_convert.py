@@ -312,6 +312,41 @@ def test_a_link_out_of_the_folder_is_not_carried_along(narrow: Any, tmp_path: Pa
     assert not (tmp_path / "there" / "notes.txt").is_symlink()
 
 
+def test_files_in_folders_are_carried_along(narrow: Any, tmp_path: Path) -> None:
+    """transformers keeps all chat templates but one in a folder."""
+    source = narrow.write(tmp_path / "source", narrow.state("dense"))
+    template = source / "additional_chat_templates" / "deeper" / "tool.jinja"
+    template.parent.mkdir(parents=True)
+    template.write_text("{{ messages }}")
+    (source / ".cache").mkdir()
+    result = convert(source, tmp_path / "there")
+    place = template.relative_to(source)
+    assert (tmp_path / "there" / place).read_text() == template.read_text()
+    assert place.as_posix() in result.carried and result.left_out == ("pytorch_model.bin",)
+    assert not (tmp_path / "there" / ".cache").exists()
+    (template.parent / "link").symlink_to(tmp_path / "there" / "config.json")
+    with pytest.raises(CheckpointError, match="link: a link out of the checkpoint"):
+        convert(source, tmp_path / "again")
+
+
+def test_what_is_left_behind_is_named(narrow: Any, tmp_path: Path) -> None:
+    weights = narrow.state("dense")
+    source = narrow.write(tmp_path / "source", weights, shards=3)
+    save_file({"lost": torch.ones(1)}, source / "more.safetensors")  # which the index does not name
+    (source / "pytorch_model.bin").write_bytes(b"")
+    (source / "gone.json").symlink_to("nothing")
+    (source / "loop").symlink_to(source)
+    (source / "checkpoint-1").mkdir()
+    (source / "checkpoint-1" / "config.json").write_text("{}")
+    save_file({"old": torch.ones(1)}, source / "checkpoint-1" / "model.safetensors")
+    result = convert(source, tmp_path / "there", "hf")
+    left = ["checkpoint-1/", "gone.json", "loop", "more.safetensors", "pytorch_model.bin"]
+    assert list(result.left_out) == left
+    assert str(result).endswith(f"left out: {', '.join(left)}")
+    assert not {name.strip("/") for name in left} & {path.name for path in (tmp_path / "there").iterdir()}
+    assert same(load(tmp_path / "there"), weights)
+
+
 # --- differences
 
 
