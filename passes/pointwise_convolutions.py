@@ -33,7 +33,8 @@ def spell_pointwise_convolutions(program: Program) -> None:
             continue
         if how != [[1], [0], [1], 1] or x.meta["val"].dim() != 3:
             continue
-        if storage_of(conv) in fixed or any(
+        one = statically_known_true(x.meta["val"].shape[2] == 1)  # whose strides are those of a row
+        if (storage_of(conv) in fixed and not one) or any(
             writes.is_written(n) for n in (conv, x, matrix, bias) if n is not None
         ):
             continue

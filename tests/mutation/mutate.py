@@ -31,6 +31,7 @@ WRITES = PASSES + "test_storage_writes.py"
 NORMAL = PASSES + "test_normalise.py"
 STRANGERS = "tests/properties/test_strangers_spellings.py"
 UPSTREAM = "tests/upstream/test_graph_rewriting.py"
+POINTWISE = PASSES + "test_pointwise_spellings.py"
 GUARDS = PASSES + "test_guards.py"
 FORMULAS = PASSES + "test_formula_rules.py"
 BLOCKS = PASSES + "test_fused_blocks.py"
@@ -168,12 +169,15 @@ FAULTS = (
     Fault("passes/normalise.py", "if gradients and writes.is_written(node):", "if False:", NORMAL),
     Fault("passes/kept_dimensions.py", " and len(below.users) == 1:", ":", STRANGERS + " -k dimension_stays"),
     Fault("passes/written_positions.py", "or any(accumulates) or node.kwargs", "or node.kwargs", NORMAL + " -k at_positions"),
-    Fault("passes/written_positions.py", "or not equal_sizes(part.shape, wanted)", "", NORMAL + " -k at_positions"),
+    Fault("passes/written_positions.py", "or not equal_sizes([*single, *part.shape], wanted)", "", NORMAL + " -k at_positions"),
     Fault("passes/written_positions.py", "negative, from_end, positions)", "negative, positions, positions)", NORMAL + " -k at_positions"),
     Fault("passes/causal_conv1d.py", "elif storage_of(end) in guards.fixed:", "elif False:", STRANGERS + " -k leaves_the_graph"),
     Fault("passes/idle_calls.py", "if gradients:", "if False:", NORMAL),
     Fault("passes/one_row_linears.py", "if why is not None:", "if False:", SPEED),
     Fault("passes/expert_rows.py", "return why is not None", "return False", SPEED),
+    Fault("passes/pointwise_spellings.py", "if summed <= set(a) & set(b) and batch and", "if", POINTWISE),
+    Fault("passes/pointwise_spellings.py", "if any(writes.version(x, n) != writes.version(x, node) for x in operands for n in calls):", "if False:", POINTWISE),
+    Fault("passes/written_positions.py", "or any(steps) or", "or", POINTWISE),
     Fault("passes/chosen_weights.py", "if not judge.equal(", "if False and not judge.equal(", EXPERTS),
     Fault("passes/chosen_weights.py", "if reason is not None:", "if False:", EXPERTS),
     Fault("runtime/one_row_speed.py", "self.ratio > MARGIN", "self.ratio < MARGIN", SPEED),
