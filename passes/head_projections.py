@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.linear_spellings import equation_of, is_input
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call
@@ -22,6 +23,7 @@ from fxfuse.patterns import ops
 def join_heads_of_weights(program: Program) -> None:
     """Rewrite in place where the weight is a view of an input of the graph."""
     writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), []
+    backward = Backward(program)
     for node in program.calls(ops.EINSUM):
         parsed = equation_of(node)
         if parsed is None or len(parsed[0]) != 2 or any("." in name for name in parsed[0]):
@@ -30,7 +32,11 @@ def join_heads_of_weights(program: Program) -> None:
         pairs = list(zip(operands, parsed[0], strict=True))
         for (x, rows), (weight, letters) in (pairs, pairs[::-1]):
             matrix = _matrix(weight)
-            if matrix is None or any(writes.is_written(n) for n in (node, x, weight)):
+            if (
+                matrix is None
+                or backward.parts(node, weight)
+                or any(writes.is_written(n) for n in (node, x, weight))
+            ):
                 continue
             if not equal_sizes(_sizes(x, rows, letters), _sizes(weight, letters, rows)):
                 continue  # a dimension of size 1 is repeated

@@ -16,6 +16,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
@@ -42,16 +43,16 @@ def fold_idle_calls(program: Program) -> None:
     shown = layout_shows(program.graph)
     stale, viewed = set[Node](), _behind_views(program)
     (output,), gradients = program.graph.find_nodes(op="output"), program.needs_gradients
-    mode = modes(program.graph, program.grad_enabled)
+    backward = Backward(program)
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
-        if source is None or not _same_elements(node, source) or (gradients and not mode[node].gradients):
+        if source is None or not _same_elements(node, source) or backward.stops_at(node):
             continue
         strides = [n.meta["val"].stride() for n in (node, source)]
         anew = not equal_sizes(*strides) and (storage_of(node) in shown or node in viewed)
         twice = str(node.target) == ops.NEG  # the first of two has read the source
         read: Node = node.args[0] if twice else node  # type: ignore[assignment]
-        if writes.is_written(node) or (twice and writes.is_written(read)):
+        if writes.is_written(node) or (twice and (writes.is_written(read) or backward.stops_at(read))):
             continue
         later = writes.version(source, read) != writes.version(source, output)
         if gradients:  # a backward may read the copy when later calls have written its source
@@ -145,6 +146,7 @@ def writes_to_values(program: Program) -> None:
         sharing.setdefault(storage_of(node), []).append(node)
     changed = False
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
+    backward = Backward(program)
     for storage, nodes in sharing.items():
         if storage is None or len(nodes) == 1 or any(switches_autocast(mode[node]) for node in nodes):
             continue
@@ -153,6 +155,8 @@ def writes_to_values(program: Program) -> None:
         if not values:
             continue
         written = nodes[: len(values) + 1]
+        if backward.parts(*written):
+            continue
         for node in written:
             for user in list(node.users):
                 latest = [n for n in written if position[n] < position[user]][-1]
@@ -161,7 +165,8 @@ def writes_to_values(program: Program) -> None:
             node.target = target
         for node in nodes[1:]:
             node.meta.pop("val", None)
-        _drop_copy(program, writes, nodes[0])
+        if not backward.stops_at(nodes[0]):
+            _drop_copy(program, writes, nodes[0])
         changed = True
     if changed:
         program.refresh()
@@ -172,6 +177,7 @@ def results_to_values(program: Program) -> None:
     fixed, shown, changed = layout_matters(program.graph), layout_shows(program.graph), False
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
+    backward = Backward(program)
     sharing: dict[int | None, list[Node]] = {}
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
@@ -186,6 +192,8 @@ def results_to_values(program: Program) -> None:
         if switches_autocast(mode[write]):
             continue
         before = nodes[: nodes.index(write)]
+        if backward.parts(write, *before):
+            continue
         if any(position[user] > position[write] for node in before for user in node.users):
             continue
         if any(not isinstance(user.meta.get("val"), Tensor) for node in before for user in node.users):

@@ -238,6 +238,8 @@ def run(
                 "is too large to run it and compare" if fewer.batch is not None else f"cannot be run: {error}"
             )
             raise Refused(node, f"{node.name} {why}") from error
+        if not node.all_input_nodes and isinstance(known[node], Tensor) and known[node].is_floating_point():
+            known[node] = known[node].double()  # torch.ones(n), say, has the default dtype
         fewer.check(node, known[node])
     return known
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.linear_spellings import value_of
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_matters, storage_of
@@ -25,12 +26,15 @@ def spell_kept_dimensions(program: Program) -> None:
 def _new_dimension_first(program: Program) -> None:
     """unsqueeze(sqrt(sum(x, -1) + c), -1) -> sqrt(unsqueeze(sum(x, -1), -1) + c)."""
     writes, fixed, changed = StorageWrites(program.graph), layout_matters(program.graph), False
+    backward = Backward(program)
     for node in program.calls(ops.UNSQUEEZE, *ops.RESHAPES):
         dim, chain, below = _new_dimension(node), [], node.args[0]
         while isinstance(below, Node) and _is_done_to_each(below) and len(below.users) == 1:
             chain.append(below)
             (below,) = below.all_input_nodes
         if dim is None or not chain or str(below.target) not in ops.REDUCED:  # type: ignore[union-attr]
+            continue
+        if backward.parts(node, *chain):
             continue
         if any(writes.is_written(n) or storage_of(n) in fixed for n in (node, *chain, below)):  # type: ignore[arg-type]
             continue
@@ -68,9 +72,12 @@ def _is_done_to_each(node: Node) -> bool:
 def _kept_dimension(program: Program) -> None:
     """unsqueeze(mean(x, d), d) -> mean(x, d, keepdim=True), and so for sums and reshapes."""
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
+    backward = Backward(program)
     for node in program.calls(ops.UNSQUEEZE, ops.RESHAPE):
         reduced = node.args[0]
         if not isinstance(reduced, Node) or str(reduced.target) not in ops.REDUCTIONS:
+            continue
+        if backward.parts(node, reduced):
             continue
         if len(reduced.users) > 1 and storage_of(node) in fixed:
             continue  # both leave the graph, in one memory

@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 import torch
 from torch.fx import Node
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.modes import grad_enabled_at
 from fxfuse.passes.numbered_features import MOST_ELEMENTS, Cut, TooLarge, cuts_of, region_of
 from fxfuse.passes.outcome import Match, Miss, Outcome
@@ -53,6 +54,11 @@ def memory_is_written(program: Program, region: Sequence[Node], cuts: Sequence[C
     return f"{written.name} is written in place" if written is not None else None
 
 
+def gradients_are_parted(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
+    parted = Backward(program).parts(*region)
+    return "gradients pass a part of the chain only" if parted else None
+
+
 def is_no_permutation(program: Program, region: Sequence[Node], cuts: Sequence[Cut]) -> str | None:
     """Folding an order into the weight needs every row once."""
     width = region[0].meta["val"].shape[-1]
@@ -77,7 +83,7 @@ def memory_is_read_as_it_was(program: Program, region: Sequence[Node], cuts: Seq
     return f"{found.name} leaves the graph, or its strides are read" if found is not None else None
 
 
-GUARDS = (memory_is_written,)
+GUARDS = (memory_is_written, gradients_are_parted)
 COPY_GUARDS = (is_no_permutation, weight_cannot_be_permuted, memory_is_read_as_it_was)
 
 

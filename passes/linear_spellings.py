@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.modes import Mode, modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
@@ -20,16 +21,18 @@ from fxfuse.patterns.readings import ZEROS
 
 def spell_linears(program: Program) -> None:
     """Rewrite in place; shapes and dtypes stay, strides may change where nobody reads them."""
-    writes = StorageWrites(program.graph)
+    writes, backward = StorageWrites(program.graph), Backward(program)
     for node in program.calls(ops.EINSUM):
         _permute_of_einsum(program, node)
-    _read_transposes_uncopied(program, writes)
+    _read_transposes_uncopied(program, writes, backward)
     changed = False
     mode = modes(program.graph, program.grad_enabled)
     values = {node: value_of(node) for node in program.graph.nodes}
     for node in program.calls(*ops.PRODUCTS):
         found = _operands(node)
         if found is None or not _has_rows_of(values, node, *found[:2]):
+            continue
+        if backward.parts(node, *_views_of(found[1], node)):
             continue
         if str(node.target) == ops.MV and switches_autocast(mode[node]):
             continue  # which leaves it alone, and would not leave a linear
@@ -74,6 +77,17 @@ def _untransposed(node: Any) -> Node | None:
     turned = zip((*value.shape, *value.stride()), (*own.shape[::-1], *own.stride()[::-1]), strict=True)
     same = all(statically_known_true(a == b) for a, b in turned)
     return source if same and statically_known_true(own.storage_offset() == value.storage_offset()) else None
+
+
+def _views_of(weight: Node, product: Node) -> list[Node]:
+    """The calls by which a product reads an input as another view."""
+    found: list[Node] = []
+    for node in product.all_input_nodes:
+        source: Any = node
+        while isinstance(source, Node) and not is_input(source) and storage_of(source) == storage_of(weight):
+            found.append(source)
+            source = source.args[0]
+    return found
 
 
 def _expanded(node: Any) -> Node | None:
@@ -158,6 +172,7 @@ def turned(node: Any) -> Node | None:
 def put_weights_second(program: Program) -> None:
     """W @ xᵀ -> (x @ Wᵀ)ᵀ, where xᵀ is a view of a tensor of rows."""
     writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), False
+    backward = Backward(program)
     for node in program.calls(ops.MATMUL):
         operands: tuple[Any, ...] = node.args
         weight, turned = operands[:2]
@@ -167,7 +182,7 @@ def put_weights_second(program: Program) -> None:
             continue
         if rows.name in program.weights or storage_of(rows) != storage_of(turned) or w.dim() != 2:
             continue
-        if own.dtype != w.dtype or not _is_transposed(value, own):
+        if own.dtype != w.dtype or not _is_transposed(value, own) or backward.parts(node, turned):
             continue
         if any(writes.is_written(n) for n in (node, weight, turned)) or storage_of(node) in fixed:
             continue
@@ -250,7 +265,7 @@ def _permute_of_einsum(program: Program, node: Node) -> None:
 _SECOND_FACTOR = {ops.MATMUL: 1, ops.MM: 1, ops.ADDMM: 2}
 
 
-def _read_transposes_uncopied(program: Program, writes: StorageWrites) -> None:
+def _read_transposes_uncopied(program: Program, writes: StorageWrites, backward: Backward) -> None:
     """x @ w.T.contiguous() -> x @ w.T: a matrix product asks for no layout."""
     for copy in program.calls(ops.CLONE, ops.CONTIGUOUS):
         source: Any = copy.args[0]
@@ -258,7 +273,7 @@ def _read_transposes_uncopied(program: Program, writes: StorageWrites) -> None:
             continue
         for user in list(copy.users):
             place = _SECOND_FACTOR.get(str(user.target))
-            if place is not None and user.args[place] is copy:
+            if place is not None and user.args[place] is copy and not backward.stops_at(copy):
                 user.update_arg(place, source)
 
 
@@ -332,14 +347,17 @@ def _rows_meet(program: Program) -> bool:
     for linear in linears:
         readers.setdefault(linear.args[0], []).append(linear)
     moved = False
-    writes = StorageWrites(program.graph)
+    writes, backward = StorageWrites(program.graph), Backward(program)
     for linear in linears:
         rows = linear.args[0]
         if not isinstance(rows, Node) or str(rows.target) not in _ROWS:
             continue
-        x = rows.args[0]
+        x, between = rows.args[0], [rows]
         while isinstance(x, Node) and x not in readers and str(x.target) in _ROWS:
+            between.append(x)
             x = x.args[0]
+        if backward.parts(linear, *between):
+            continue
         flat, whole = value_of(rows), value_of(x)
         if not isinstance(x, Node) or flat is None or whole is None:
             continue

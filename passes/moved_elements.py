@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
@@ -26,7 +27,7 @@ from fxfuse.patterns import ops
 def spell_moved_elements(program: Program) -> None:
     """Rewrite in place; what is written later, returned or read by its strides stays a copy."""
     writes, fixed = StorageWrites(program.graph), layout_matters(program.graph)
-    shown = layout_shows(program.graph)
+    shown, backward = layout_shows(program.graph), Backward(program)
     (end,) = program.graph.find_nodes(op="output")
     changed: set[Node] = set()
     for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):
@@ -42,7 +43,8 @@ def spell_moved_elements(program: Program) -> None:
         if str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)
         else:
-            spelled = _joined(writes, node)
+            parted = backward.parts(node, *_tensors(node))
+            spelled = None if parted else _joined(writes, node)
         if spelled is None:
             continue
         node.target, node.args = spelled

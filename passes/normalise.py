@@ -4,17 +4,16 @@ Before: y = to(x, x.dtype); z = view(y, [2, 3]); z2 = reshape(y, [2, -1]); dead 
 After:  z = reshape(x, [2, 3])
 """
 
-import math
 import operator
 from collections import defaultdict
-from operator import attrgetter
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.backward import Backward
+from fxfuse.passes.constants import spell_constants
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
 from fxfuse.passes.kept_dimensions import spell_kept_dimensions
@@ -23,6 +22,7 @@ from fxfuse.passes.linear_spellings import put_weights_second, spell_linears, va
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
 from fxfuse.passes.pointwise_convolutions import spell_pointwise_convolutions
+from fxfuse.passes.pointwise_spellings import spell_pointwise
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
@@ -43,17 +43,18 @@ def normalise(program: Program) -> None:
     fold_idle_dropout(program)
     _fold_identities(program)
     _writes_to_the_base(program)
-    _constants_as_numbers(program)
+    spell_constants(program)
     _one_name(program)
     fold_idle_calls(program)
     _one_reshape(program)
     spell_written_positions(program)
     spell_sizes(program)
     _one_convolution(program)
-    spell_kept_dimensions(program)
     _without_empty_parts(program)
     _one_view_of_each(program)
     spell_moved_elements(program)
+    spell_pointwise(program)
+    spell_kept_dimensions(program)
     _one_view_of_each(program)
     put_weights_second(program)
     spell_pointwise_convolutions(program)
@@ -111,11 +112,13 @@ def _one_name(program: Program) -> None:
             negates = type(number) in (int, float) and number == -1 and isinstance(x, Node)
             if negates and not node.kwargs and x.meta["val"].is_floating_point():  # type: ignore[union-attr]
                 node.target, node.args = torch.ops.aten.neg.default, (x,)
-    writes = StorageWrites(program.graph)
+    writes, backward = StorageWrites(program.graph), Backward(program)
     for node in program.calls(ops.SUB):
         x, y = (*node.args, None)[:2]
         plain = len(node.args) == 2 and not node.kwargs and isinstance(y, Node) and str(y.target) == ops.NEG
-        if plain and not writes.is_written(y) and not writes.is_written(y.args[0]):  # type: ignore[arg-type, union-attr]
+        if not plain or backward.parts(node, y):  # type: ignore[arg-type]
+            continue
+        if not writes.is_written(y) and not writes.is_written(y.args[0]):  # type: ignore[arg-type, union-attr]
             node.target, node.args = torch.ops.aten.add.Tensor, (x, y.args[0])  # type: ignore[union-attr]
     for node in program.calls(*ops.CASTS_TO_DEVICE):
         given, got = (n.meta["val"] for n in (node.args[0], node))  # type: ignore[union-attr]
@@ -128,50 +131,6 @@ def _one_name(program: Program) -> None:
         values = [n.meta["val"] for n in (x, y)]  # type: ignore[union-attr]
         if len(node.args) == 2 and not node.kwargs and values[0].device == values[1].device:
             node.target, node.args = torch.ops.aten.to.dtype, (x, values[1].dtype)
-
-
-def _constants_as_numbers(program: Program) -> None:
-    """x + detach_(lift_fresh_copy(c)) -> x + 1e-6, where c is a constant without dimensions."""
-    for node in program.calls(ops.DETACH_):
-        made: Any = node.args[0]
-        if str(made.target) == ops.CONSTANT_COPY and not made.meta["val"].requires_grad:
-            node.replace_all_uses_with(made)
-            program.graph.erase_node(node)
-    writes = StorageWrites(program.graph)
-    for node in program.calls(ops.CONSTANT_COPY):
-        number = _number(program, node.args[0])
-        if number is None or writes.is_written(node) or writes.is_written(node.args[0]):  # type: ignore[arg-type]
-            continue
-        for user in list(node.users):
-            if str(user.target) not in ops.ARITHMETIC or user.kwargs or len(user.args) != 2:
-                continue
-            first, second = user.args
-            commutes = ops.ARITHMETIC[str(user.target)][1] and first is node
-            x: Any = first if second is node else second if commutes else None
-            values = [n.meta.get("val") for n in (x, user) if isinstance(n, Node) and n is not node]
-            if len(values) < 2 or not isinstance(values[0], torch.Tensor):
-                continue
-            if (values[0].dtype, values[0].device) == (values[1].dtype, values[1].device):  # type: ignore[union-attr]
-                rounds = first is node and str(user.target) == ops.MUL  # in front it has the dtype of x
-                own = (
-                    torch.tensor(number, dtype=torch.float64).to(values[0].dtype).item() if rounds else number
-                )
-                if math.isfinite(own):
-                    user.args = (x, own)
-        for unused in (node, node.args[0]):
-            if not unused.users:  # type: ignore[union-attr]
-                program.graph.erase_node(unused)  # type: ignore[arg-type]
-
-
-def _number(program: Program, kept: Any) -> float | None:
-    """The floating number that a constant of the graph holds."""
-    value = attrgetter(kept.target)(program.graph_module) if kept.op == "get_attr" else None
-    if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.dim() > 0:
-        return None
-    if value.device.type != "cpu":  # on a GPU it is rounded to the dtype of what stands beside it
-        return None
-    number = float(value) if value.is_floating_point() else math.nan
-    return number if math.isfinite(number) else None
 
 
 def _one_convolution(program: Program) -> None:
@@ -222,8 +181,11 @@ def _is_legacy_empty(part: object) -> bool:
 
 def _fold_identities(program: Program) -> None:
     """to(x, x.dtype) -> x, alias(x) -> x: where the result is the very memory of the input."""
+    backward = Backward(program)
     for node in program.calls(*ops.MAYBE_IDENTITY):
         source = node.args[0]
+        if backward.stops_at(node):
+            continue
         if isinstance(source, Node) and _is_the_same(program, node, source):
             node.replace_all_uses_with(source)
             program.graph.erase_node(node)
@@ -274,9 +236,10 @@ def _one_view_of_each(program: Program) -> None:
 
 def _writes_to_the_base(program: Program) -> None:
     """copy_(detach(x), v) -> copy_(x, v): the very same memory."""
+    backward = Backward(program)
     for node in program.graph.nodes:
         for place in written_by(node):
-            base = place.args[0] if _hands_on_memory(place) else None
+            base = place.args[0] if _hands_on_memory(place) and not backward.stops_at(place) else None
             if isinstance(base, Node) and _is_the_same(program, place, base):
                 node.replace_input_with(place, base)
 
@@ -287,7 +250,7 @@ def _one_reshape(program: Program) -> None:
     Unless that memory is written, when a copy would lose the write, and a view of what was copied show it.
     """
     writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), False
-    (output,) = program.graph.find_nodes(op="output")
+    (output,), backward = program.graph.find_nodes(op="output"), Backward(program)
     for node in program.calls(ops.UNFLATTEN):
         sizes, source = list(node.meta["val"].shape), node.args[0]
         made = isinstance(source, Node) and str(source.target) in (ops.RESHAPE, ops.FLATTEN)
@@ -296,6 +259,8 @@ def _one_reshape(program: Program) -> None:
     for node in program.calls(ops.RESHAPE):
         source = node.args[0]
         if not isinstance(source, Node) or str(source.target) not in (ops.RESHAPE, ops.FLATTEN):
+            continue
+        if backward.parts(node, source):
             continue
         whole: Node = source.args[0]  # type: ignore[assignment]
         value = value_of(whole)

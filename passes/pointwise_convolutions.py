@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call
 from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, storage_of
@@ -23,13 +24,17 @@ _DEFAULTS = (None, None, None, [1], [0], [1], 1)
 def spell_pointwise_convolutions(program: Program) -> None:
     """Rewrite in place where the weight is a matrix of the graph's inputs and nobody reads y's strides."""
     writes, fixed, changed = StorageWrites(program.graph), layout_shows(program.graph), []
+    backward = Backward(program)
     for conv in program.calls(CONV1D):
         args: tuple[Any, ...] = (*conv.args, *_DEFAULTS[len(conv.args) :])
         x, weight, bias, *how = args
         matrix = _matrix(weight)
-        if matrix is None or how != [[1], [0], [1], 1] or x.meta["val"].dim() != 3:
+        if matrix is None or backward.parts(conv, weight):
             continue
-        if storage_of(conv) in fixed or any(
+        if how != [[1], [0], [1], 1] or x.meta["val"].dim() != 3:
+            continue
+        one = statically_known_true(x.meta["val"].shape[2] == 1)  # whose strides are those of a row
+        if (storage_of(conv) in fixed and not one) or any(
             writes.is_written(n) for n in (conv, x, matrix, bias) if n is not None
         ):
             continue

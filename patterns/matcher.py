@@ -19,7 +19,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import readings
 from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
-from fxfuse.patterns.ops import CAT, EINSUM, MATMUL, SELECT, SQUEEZE, UNSQUEEZE
+from fxfuse.patterns.ops import EINSUM, FILLED, LINEAR, MATMUL, SELECT, SQUEEZE, STACK, UNSQUEEZE, VIEWS
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,10 @@ def _product(
         for reading in _readings(formula, exponent, power):
             for found in _match(reading, term, bound):
                 yield from _product(rest, others, constant, result, found)
-        factors = _factors(_uncast(term)) or _distributed(_uncast(term))
+        if power == exponent:
+            for number, found in _scaled_sums(formula, term, bound):
+                yield from _product(rest, others, constant * number**power, result, found)
+        factors = _factors(_uncast(term)) or _distributed(_uncast(term)) or _doubled_sigmoid(_uncast(term))
         if factors is not None and _may_raise(factors, power):
             number, parts = factors
             merged = _merged(others + [(part, p * power) for part, p in parts])
@@ -101,6 +104,31 @@ def _readings(formula: Formula, exponent: float, power: float) -> Iterator[Formu
         yield formula
     elif power == -exponent and isinstance(formula, Call) and formula.function == "sigmoid":
         yield 1.0 + Call("exp", -formula.argument)
+
+
+def _scaled_sums(formula: Formula, term: Term, bound: Bound) -> Iterator[tuple[float, Bound]]:
+    """A number times the formula: sum(y) + n·ε = n·(mean(y) + ε), with mean and sum in either place."""
+    if not isinstance(formula, Sum) or not isinstance(formula.constant, Scalar) or len(formula.terms) != 1:
+        return
+    (reduced,), name = formula.terms, formula.constant.name
+    if not isinstance(reduced, Call) or reduced.function not in ("mean", "sum") or name in bound:
+        return
+    other = Call("sum" if reduced.function == "mean" else "mean", reduced.argument)
+    for found in _match(Sum((other,), formula.constant), term, bound):
+        new = [value for key, value in found.items() if isinstance(value, Node) and key in _variables(other)]
+        count = new[0].meta["val"].shape[-1] if new else None
+        if isinstance(count, int) and count > 1:
+            number = float(count) if reduced.function == "mean" else 1 / count
+            yield number, {**found, name: found[name] / number}
+
+
+def _variables(formula: Formula) -> set[str]:
+    if isinstance(formula, Var):
+        return {formula.name}
+    if isinstance(formula, Call):
+        return _variables(formula.argument)
+    parts: list[Formula] = [f for f, _ in formula.factors] if isinstance(formula, Product) else []
+    return set().union(*map(_variables, parts + list(getattr(formula, "terms", ()))))
 
 
 def _may_raise(factors: tuple[float, Items], power: float) -> bool:
@@ -165,7 +193,7 @@ def _factors(term: Term) -> tuple[float, Items] | None:
 
 
 def _distributed(term: Term) -> tuple[float, Items] | None:
-    """x + x·w and addcmul(x, x, w) as x·(1 + w)."""
+    """x + x·w and addcmul(x, x, w) as x·(1 + w), x − x·w as x·(1 − w)."""
     if isinstance(term, Virtual):
         return None
     if str(term.target) == "aten.addcmul.default" and not term.kwargs and len(term.args) == 3:
@@ -174,23 +202,34 @@ def _distributed(term: Term) -> tuple[float, Items] | None:
         rests = [w for y, w in (product, product[::-1]) if _uncast(y) is _uncast(added)]
         return (1.0, [(added, 1.0), (Virtual("shifted", rests[0], 1.0), 1.0)]) if rests else None
     addends = _addends(term)
-    if addends is None or addends[0] != 0.0 or [times for _, times in addends[1]] != [1.0, 1.0]:
+    if addends is None or addends[0] != 0.0 or len(addends[1]) != 2:
         return None
-    (a, _), (b, _) = addends[1]
-    for x, product_of in ((a, b), (b, a)):
+    for (x, one), (product_of, sign) in (addends[1], addends[1][::-1]):
         found = _factors(_uncast(product_of))
-        if found is None or found[0] != 1.0 or [power for _, power in found[1]] != [1.0, 1.0]:
+        if one != 1.0 or abs(sign) != 1.0 or found is None:
+            continue
+        if found[0] != 1.0 or [power for _, power in found[1]] != [1.0, 1.0]:
             continue
         (y, _), (z, _) = found[1]
         rest = z if _uncast(y) is _uncast(x) else y if _uncast(z) is _uncast(x) else None
         if rest is not None:
-            return 1.0, [(x, 1.0), (Virtual("shifted", rest, 1.0), 1.0)]
+            return 1.0, [(x, 1.0), (Virtual("shifted" if sign > 0 else "complement", rest, 1.0), 1.0)]
     return None
+
+
+def _doubled_sigmoid(term: Term) -> tuple[float, Items] | None:
+    """1 + tanh(x / 2) = 2·sigmoid(x)."""
+    addends = None if isinstance(term, Virtual) else _addends(term)
+    if addends is None or addends[0] != 1.0 or len(addends[1]) != 1 or addends[1][0][1] != 1.0:
+        return None
+    x = _doubled_by_tanh(addends[1][0][0])
+    return None if x is None else (2.0, [(Virtual("sigmoid", x), 1.0)])
 
 
 def _addends(term: Term) -> tuple[float, Items] | None:
     if isinstance(term, Virtual):
-        return (term.constant, [(term.argument, 1.0)]) if term.function == "shifted" else None
+        sign = {"shifted": 1.0, "complement": -1.0}.get(term.function)
+        return None if sign is None else (term.constant, [(term.argument, sign)])
     scaled = _factors(term)
     if scaled is not None:  # -x and 2·x, as a term
         number, parts = scaled
@@ -230,22 +269,6 @@ def _operands(*operands: tuple[Any, float]) -> tuple[float, Items] | None:
     return number, parts  # type: ignore[return-value]
 
 
-def _glu_factors(x: Any, dim: Any = -1) -> tuple[float, Items] | None:
-    """glu(cat([a, b])) = a·sigmoid(b)."""
-    if not isinstance(x, Node) or str(x.target) != CAT:
-        return None
-    given: tuple[Any, ...] = (*x.args, 0)
-    parts, along = given[:2]
-    dims = x.meta["val"].dim()
-    sizes = [part.meta["val"].shape for part in parts]
-    if len(sizes) != 2 or dim % dims != along % dims:
-        return None
-    if not all(statically_known_true(a == b) for a, b in zip(*sizes, strict=True)):
-        return None
-    first, second = parts
-    return 1.0, [(first, 1.0), (Virtual("sigmoid", second), 1.0)]
-
-
 def _einsum_factors(equation: Any, operands: Any, *path: Any) -> tuple[float, Items] | None:
     """einsum("…d,d->…d", x, w) = x·w: nothing is summed, and w is repeated as in a product."""
     given, _, result = str(equation).replace(" ", "").partition("->")
@@ -271,6 +294,15 @@ def _rms_norm_factors(x: Any, shape: Any, weight: Any = None, eps: Any = None) -
     return 1.0, [(x, 1.0), (inverse, -0.5), *([] if weight is None else [(weight, 1.0)])]
 
 
+def _exp_of_logarithm(x: Any) -> tuple[float, Items] | None:
+    """exp(c·log(x)) = x^c; of a negative x neither is a number unless c is whole."""
+    scaled = _scaled(x) if isinstance(x, Node) else None
+    logarithm = None if scaled is None else _uncast(scaled[1])
+    if scaled is None or not _is_call(logarithm, "log") or scaled[0] == int(scaled[0]):  # type: ignore[arg-type]
+        return None
+    return 1.0, [(logarithm.args[0], scaled[0])]  # type: ignore[union-attr, list-item]
+
+
 _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
     "aten.mul.Tensor": lambda a, b: _operands((a, 1.0), (b, 1.0)),
     "aten.mul.Scalar": lambda a, b: _operands((a, 1.0), (b, 1.0)),
@@ -286,8 +318,8 @@ _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
     "aten.pow.Tensor_Scalar": lambda a, b: (
         (1.0, [(a, float(b))]) if isinstance(b, (int, float)) and b != 0 else None
     ),
-    "aten.glu.default": _glu_factors,
     "aten.einsum.default": _einsum_factors,
+    "aten.exp.default": _exp_of_logarithm,
     "aten.linalg_norm.default": _root_of_squares,
     "aten.linalg_vector_norm.default": _root_of_squares,
     "aten.log_sigmoid.default": lambda a: (-1.0, [(Virtual("softplus of minus", a), 1.0)]),
@@ -305,6 +337,8 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
             negative = _negated(term.argument)
             if negative is not None:
                 yield negative
+        elif function == "sigmoid" and term.function == "complement":
+            yield from _one_minus_sigmoid(term)
         return
     name = str(term.target)
     if function in ("mean", "sum"):
@@ -320,6 +354,8 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
     elif function == "sigmoid":
         yield from _half_of_tanh(term)
         yield from _one_minus_sigmoid(term)
+        yield from _first_of_two(term)
+        yield from _exp_over_one_plus_exp(term)
         for power, inner in _inverses(term):
             if power == -1.0:
                 for negative in _one_plus_exp(inner):
@@ -346,15 +382,53 @@ def _negated(term: Term) -> Term | None:
 
 
 def _half_of_tanh(term: Term) -> Iterator[Term]:
-    """sigmoid(x) = ½·(1 + tanh(½·x))."""
+    """sigmoid(x) = ½·(1 + tanh(½·x)) = ½ + ½·tanh(½·x)."""
     outer = _scaled(term)
-    addends = _addends(_uncast(outer[1])) if outer is not None and outer[0] == 0.5 else None
-    if addends is None or addends[0] != 1.0 or len(addends[1]) != 1 or addends[1][0][1] != 1.0:
+    share, addends = (1.0, _addends(_uncast(outer[1]))) if outer is not None else (0.5, _addends(term))
+    if addends is None or addends[0] != share or len(addends[1]) != 1 or (outer or (0.5,))[0] != 0.5:
         return
-    tanh = _uncast(addends[1][0][0])
+    part, times = addends[1][0]
+    scaled = _scaled(part) or (1.0, part)
+    x = _doubled_by_tanh(scaled[1]) if times * scaled[0] == share else None
+    if x is not None:
+        yield x
+
+
+def _doubled_by_tanh(term: Term) -> Term | None:
+    """The x of tanh(x / 2)."""
+    tanh = _uncast(term)
     inner = _scaled(tanh.args[0]) if _is_call(tanh, "tanh") else None  # type: ignore[arg-type, union-attr]
-    if inner is not None and inner[0] == 0.5:
-        yield inner[1]
+    return inner[1] if inner is not None and inner[0] == 0.5 else None
+
+
+def _first_of_two(term: Node) -> Iterator[Term]:
+    """sigmoid(x) = softmax([x, 0])[0]."""
+    inner = term.args[0] if str(term.target) == SELECT else None
+    shares: Any = _uncast(inner) if isinstance(inner, Node) else None
+    if not isinstance(shares, Node) or str(shares.target) != readings.SOFTMAX:
+        return
+    given: tuple[Any, ...] = (*term.args, *shares.args)
+    _, dim, place, scores, along_scores = given[:5]
+    stack, dims = _uncast(scores), shares.meta["val"].dim()
+    if not isinstance(stack, Node) or str(stack.target) != STACK:
+        return
+    stacked: tuple[Any, ...] = (*stack.args, 0)
+    parts, along = stacked[:2]
+    if len(parts) != 2 or len({d % dims for d in (dim, along_scores, along)}) != 1:
+        return
+    x, zero = parts if place in (0, -2) else parts[::-1]
+    if str(zero.target) in readings.ZEROS:
+        yield x
+
+
+def _exp_over_one_plus_exp(term: Term) -> Iterator[Term]:
+    """sigmoid(x) = eˣ / (1 + eˣ)."""
+    factors = _factors(term)
+    if factors is None or factors[0] != 1.0 or sorted(power for _, power in factors[1]) != [-1.0, 1.0]:
+        return
+    (above, _), (below, _) = sorted(factors[1], key=lambda part: -part[1])
+    for x in _arguments("exp", _uncast(above)):
+        yield from (x for y in _one_plus_exp(below) if _uncast(y) is _uncast(x))
 
 
 def _one_minus_sigmoid(term: Term) -> Iterator[Term]:
@@ -460,6 +534,9 @@ def _reduced(function: str, term: Node) -> Iterator[Term]:
         summed = (_summed(part) or _summed(_uncast(part))) if power == 1.0 else None
         if summed is not None:
             of, x, count = summed
+            pulled = _without_number(x)
+            if pulled is not None:
+                number, x = number * pulled[0], pulled[1]
             share = (1 / number if number else 0.0) if function == "mean" else number
             whole, wanted = round(share) if abs(share) < 2**53 else 0, 1 if of == function else count
             if math.isclose(share, whole, rel_tol=1e-6) and statically_known_true(whole == wanted):
@@ -472,6 +549,21 @@ def _reduced(function: str, term: Node) -> Iterator[Term]:
         part, power = _before_casts(factors[1][0][0]), power * factors[1][0][1]
 
 
+def _without_number(term: Term) -> tuple[float, Term] | None:
+    """A number and the power of one thing that it multiplies, for (x / √n)²."""
+    number, items = 1.0, _merged([(term, 1.0)])
+    while len(items) == 1:
+        factors = _factors(_uncast(items[0][0]))
+        if factors is None or not _may_raise(factors, items[0][1]):
+            break
+        power = items[0][1]
+        number *= factors[0] ** power
+        items = _merged([(part, p * power) for part, p in factors[1]])
+    if number == 1.0 or len(items) != 1:
+        return None
+    return number, Virtual("power", *items[0])
+
+
 def _summed(term: Term) -> tuple[str, Term, Any] | None:
     """What a term is the sum or mean of over the last dimension, which it keeps, and how much there is."""
     x: Any = None
@@ -481,10 +573,29 @@ def _summed(term: Term) -> tuple[str, Term, Any] | None:
         x = _squared_and_summed(term.args[0])
     elif str(term.target) in (SELECT, SQUEEZE):
         x = _row_times_itself(term.args[0], term.args[1])
+    elif str(term.target) in (LINEAR, MATMUL):
+        return _weighted_alike(term)
     elif str(term.target) in _REDUCTIONS and _over_last(term):
         given: Any = term.args[0]
         return _REDUCTIONS[str(term.target)], given, given.meta["val"].shape[-1]
     return None if x is None else ("sum", Virtual("power", x, 2.0), x.meta["val"].shape[-1])
+
+
+def _weighted_alike(product: Node) -> tuple[str, Term, Any] | None:
+    """The x of x @ full([n, 1], c): for c = 1 its sum, for 1 / n its mean."""
+    x, weight, *bias = product.args
+    while isinstance(weight, Node) and str(weight.target) in VIEWS:
+        weight = weight.args[0]
+    if bias or not isinstance(weight, Node) or str(weight.target) not in FILLED or product.kwargs:
+        return None
+    place, count = FILLED[str(weight.target)], x.meta["val"].shape[-1]  # type: ignore[union-attr]
+    number: Any = 1.0 if place is None else weight.args[place]
+    if product.meta["val"].shape[-1] != 1 or weight.meta["val"].numel() != count:
+        return None
+    if number == 1:
+        return "sum", x, count  # type: ignore[return-value]
+    alike = isinstance(number, float) and isinstance(count, int) and math.isclose(number * count, 1)
+    return ("mean", x, count) if alike else None  # type: ignore[return-value]
 
 
 _REDUCTIONS = {"aten.mean.dim": "mean", "aten.sum.dim_IntList": "sum"}
@@ -506,7 +617,11 @@ def _row_times_itself(product: Any, dim: Any) -> Node | None:
 
 
 def _squared_and_summed(node: Any) -> Node | None:
-    """The x of vecdot(x, x) and einsum("…h,…h->…", x, x)."""
+    """The x of vecdot(x, x), einsum("…h,…h->…", x, x) and (x[…, None, :] @ x[…, None])[…, 0, 0]."""
+    if isinstance(node, Node) and str(node.target) in (SELECT, SQUEEZE) and isinstance(node.args[0], Node):
+        inner = node.args[0]
+        last = node.args[1] in (-1, node.meta["val"].dim())
+        return _row_times_itself(*inner.args[:2]) if last and str(inner.target) in (SELECT, SQUEEZE) else None
     if isinstance(node, Node) and str(node.target) == "aten.linalg_vecdot.default":
         operands: Any = node.args
         return operands[0] if len(operands) == 2 and operands[0] is operands[1] and not node.kwargs else None

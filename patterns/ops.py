@@ -54,6 +54,18 @@ ARITHMETIC = {
     "aten.mul.Tensor": (1, True),
     "aten.div.Tensor": (1, False),
 }
+ARITHMETIC_IN_PLACE = frozenset(
+    {"aten.add_.Tensor", "aten.div_.Tensor", "aten.mul_.Tensor", "aten.sub_.Tensor"}
+)
+# Tensors filled with one number: the argument that it is, None for 1.
+FILLED = {
+    "aten.full.default": 1,
+    "aten.full_like.default": 1,
+    "aten.new_full.default": 2,
+    "aten.new_ones.default": None,
+    "aten.ones.default": None,
+    "aten.ones_like.default": None,
+}
 CONSTANT_COPY = "aten.lift_fresh_copy.default"
 DETACH_ = "aten.detach_.default"
 CLONE = "aten.clone.default"
@@ -64,6 +76,7 @@ POWER = "aten.pow.Tensor_Scalar"
 ARANGE = frozenset({"aten.arange.default", "aten.arange.start", "aten.arange.start_step"})
 INDEX = "aten.index.Tensor"
 INDEX_PUT_ = "aten.index_put_.default"
+SCATTER_ = "aten.scatter_.src"
 INDEX_SELECT = "aten.index_select.default"
 REPEAT = "aten.repeat.default"
 TILE = "aten.tile.default"

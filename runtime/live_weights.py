@@ -29,6 +29,7 @@ _lock = RLock()
 # How often a graph may take weights away from another graph's packing before it runs as it was.
 MOST_TAKEN = 3
 TAKEN = "another graph packs {} in another group: memory is laid out one way only"
+TWICE = "one parameter is now in two places of what was merged, and its memory can be in one only"
 
 
 class Refused(UnsupportedModelError):
@@ -286,9 +287,12 @@ class LiveWeights:
         if self._refusal[0] == watched:
             raise Refused(self._refusal[1])
         refused = self._refused(args)
+        places: dict[int, object] = {}
         for (slot, members), at in zip(self._slots, self._positions, strict=True):
             if isinstance(slot, SharedSlot):
-                reason = slot.refusal(members(args), [refused.get(i) for i in at])
+                group = tuple(map(id, members(args)))  # graphs may have one group twice, which has one place
+                twice = any(places.setdefault(m, (group, i)) != (group, i) for i, m in enumerate(group))
+                reason = TWICE if twice else slot.refusal(members(args), [refused.get(i) for i in at])
                 slot.taken = 0 if reason is not None else slot.taken
                 if reason is not None:
                     self._refusal = (watched, reason)

@@ -1,5 +1,6 @@
 """State dicts and checkpoints in any layout loaded into a model in place, optimised or not."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -48,9 +49,9 @@ def load_state_dict(
 
     Raises:
         CheckpointError: names every tensor that is missing, unexpected, doubled, of another shape or without
-            values; the model is then unchanged, as it is for files that are damaged. Where a file cannot be
-            read to its end though it was all there, a model in memory is partly written, and the message
-            says so.
+            values, and those that the model ties and whose values differ; the model is then unchanged, as it
+            is for files that are damaged. Where a file cannot be read to its end though it was all there, a
+            model in memory is partly written, and the message says so.
         PlanError: an unknown layout, or one that cannot be told.
         UnsupportedModelError: an unknown family, or a buffer on the meta device that no file has and
             transformers does not compute.
@@ -173,6 +174,7 @@ def _load(model: torch.nn.Module, own: Mapping[str, torch.Tensor], tensors: "_Fr
     """Check everything, and copy only then."""
     found, faults = _homes(model, own, tensors)
     faults += tensors.faults(found.values())
+    faults = faults or _contradictions(own, found, tensors)
     if faults:
         raise CheckpointError("these tensors do not fit; the model is unchanged:\n  " + "\n  ".join(faults))
     in_use = any(not own[home].is_meta for home in found)
@@ -224,6 +226,32 @@ def _homes(
     given = {id(own[home]) for home in found}
     # a tied tensor is there under any of its names
     return found, faults + [f"{name}: missing" for name, tensor in own.items() if id(tensor) not in given]
+
+
+def _contradictions(
+    own: Mapping[str, torch.Tensor], found: Mapping[str, str], tensors: "_FromDict | _FromFiles"
+) -> list[str]:
+    """In words, the tied tensors that are there under several names with different values."""
+    homes: dict[int, list[str]] = {}
+    for home in found:
+        homes.setdefault(id(own[home]), []).append(home)
+    faults = []
+    for first, *others in homes.values():
+        values = _digest(tensors, found[first], own[first].dtype) if others else b""
+        faults += [
+            f"{found[other]}: differs from {found[first]}, and the model has one tensor for both"
+            for other in others
+            if _digest(tensors, found[other], own[first].dtype) != values
+        ]
+    return faults
+
+
+def _digest(tensors: "_FromDict | _FromFiles", name: str, dtype: torch.dtype) -> bytes:
+    """Of a tensor's values in a dtype, piece by piece."""
+    digest = hashlib.blake2b()
+    for _, elements in tensors.parts(name):
+        digest.update(elements.to("cpu", dtype).contiguous().view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _kind(dtype: object) -> str | None:

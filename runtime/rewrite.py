@@ -58,16 +58,17 @@ def rewrite(
 
     Args:
         graph_module: any torch.fx.GraphModule, or a module that make_fx can trace.
-        example_inputs: positional inputs; their dtypes are taken as they are; sizes other than 0 and 1 may
-            vary later, as far as the module does not branch on them.
+        example_inputs: positional inputs; their dtypes and strides are taken as they are; sizes other than 0
+            and 1 may vary later, as far as the module does not branch on them.
         passes, weights, inner, target, round_beta: as in `fxfuse.runtime.options.Options`; `inner` and
             `target` say for whom to lower.
         dynamic: False takes every size as it is in `example_inputs`, which traces in a fraction of the time.
             Where a kernel has to know a size that only an input has, such as that of a state's heads, nothing
             matches otherwise.
 
-    Raises OptionError for an unknown pass, and UnsupportedModelError for a graph that switches autocast by
-    calls that tracing loses. A graph without the idiom comes back as it was, with an empty plan.
+    Raises OptionError for an unknown pass, and UnsupportedModelError for what tracing loses: inputs that are
+    no tensors, attributes that the module assigns tensors to, tensors that are neither parameters nor
+    buffers, autocast switched by calls. A graph without the idiom comes back as it was, with an empty plan.
     """
     options = Options.of(
         {"passes": passes, "weights": weights, "inner": inner, "target": target, "round_beta": round_beta}
@@ -106,19 +107,36 @@ def traced(
                 check_recorded(node.target)
             except Unrecorded as error:
                 raise UnsupportedModelError(f"{node.name}: {error}") from None
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise UnsupportedModelError(
+                f"input {i} is of type {type(x).__name__}, no tensor: a graph would hold it as it is here; "
+                "make it a part of the module"
+            )
     mode = FakeTensorMode(shape_env=ShapeEnv(duck_shape=False))
     fakes = [
         *(mode.from_tensor(t, static_shapes=True) for t in tensors.values()),
-        *(mode.from_tensor(x, static_shapes=not dynamic) if isinstance(x, Tensor) else x for x in inputs),
+        *(mode.from_tensor(x, static_shapes=not dynamic) for x in inputs),
     ]
+    watched = _Watched(graph_module)
 
     def call(*args: Any) -> Any:
-        named = dict(zip(tensors, args[: len(tensors)], strict=True))
+        named = {f"module.{name}": x for name, x in zip(tensors, args[: len(tensors)], strict=True)}
         with ObeyedAutocast():
-            return torch.func.functional_call(graph_module, named, args[len(tensors) :])
+            return torch.func.functional_call(watched, named, args[len(tensors) :])
 
-    with mode, torch.no_grad():
-        traced = make_fx(call, pre_dispatch=True)(*fakes)
+    try:
+        with mode, torch.no_grad():
+            traced = make_fx(call, pre_dispatch=True)(*fakes)
+    except AssertionError as error:
+        named = ((f"{p}.{n}", x) for p, m in graph_module.named_modules() for n, x in vars(m).items())
+        loose = [name.strip(".") for name, x in named if isinstance(x, Tensor)]
+        if not loose or "FakeTensor" not in str(error):
+            raise
+        raise UnsupportedModelError(
+            f"{', '.join(loose)}: a tensor that is neither parameter nor buffer, "
+            "which no graph holds; register_buffer makes it one"
+        ) from error
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     parameters = dict(graph_module.named_parameters())
     tied = {name: f"it is also {alias}" for alias, name in _tied(graph_module).items()}
@@ -136,6 +154,37 @@ def traced(
         copy_weights=options.weights == "copy",
         round_beta=options.round_beta,
     )
+
+
+class _Watched(nn.Module):
+    """A module that is left as it was after each call.
+
+    Raises UnsupportedModelError where the call has given an attribute another tensor: a graph has none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any) -> Any:
+        before = [(path, m, dict(vars(m)), dict(m._buffers)) for path, m in self.module.named_modules()]
+        assigned: list[str] = []
+        try:
+            result = self.module(*args)
+        finally:
+            for path, module, attributes, buffers in before:
+                for kept, now in ((attributes, vars(module)), (buffers, module._buffers)):
+                    changed = [name for name, x in now.items() if x is not kept.get(name)]
+                    assigned += [f"{path}.{n}".strip(".") for n in changed if isinstance(now[n], Tensor)]
+                    if changed:
+                        now.clear()
+                        now.update(kept)
+        if assigned:
+            raise UnsupportedModelError(
+                f"{', '.join(assigned)}: the module assigns a tensor to it, which no graph does; write to a "
+                "buffer in place, or return the tensor"
+            )
+        return result
 
 
 def _tied(module: nn.Module) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Blocks as people write them who have never seen the generator, each with the pass that matches it."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -111,6 +112,31 @@ NORMS: dict[str, Callable[[Any, Tensor], Any]] = {
     "expand_as": lambda m, x: torch.mul(
         x, (x.square().mean(dim=2, keepdim=True) + EPS).rsqrt().expand_as(x)
     ).mul(m.w.expand_as(x)),
+    "an einsum over rows": lambda m, x: (
+        torch.einsum("...h,...->...h", x, torch.rsqrt(x.square().mean(-1) + EPS)) * m.w
+    ),
+    "a tensor full of epsilons": lambda m, x: (lambda v: x * (v + torch.full_like(v, EPS)).rsqrt() * m.w)(
+        x.square().mean(-1, keepdim=True)
+    ),
+    "ones divided, ones added": lambda m, x: (
+        lambda v: x * (torch.ones_like(v) / (v + EPS).sqrt()) * (m.w + torch.ones(H))
+    )(x.square().mean(-1, keepdim=True)),
+    "the exponential of half a logarithm": lambda m, x: (
+        x * torch.exp(-0.5 * torch.log(x.square().mean(-1, keepdim=True) + EPS)) * m.w
+    ),
+    "a row times itself, two dimensions taken away": lambda m, x: (
+        x * torch.rsqrt((x.unsqueeze(-2) @ x.unsqueeze(-1))[..., 0, 0].unsqueeze(-1) / H + EPS) * m.w
+    ),
+    "a linear of equal weights": lambda m, x: (
+        x * torch.rsqrt(F.linear(x.square(), x.new_full((1, H), 1 / H)) + EPS) * m.w
+    ),
+    "a product with ones": lambda m, x: x * torch.rsqrt(x.square() @ torch.ones(H, 1) / H + EPS) * m.w,
+    "the sum and a larger epsilon": lambda m, x: (
+        x * H**0.5 * torch.rsqrt(x.square().sum(-1, keepdim=True) + H * EPS) * m.w
+    ),
+    "divided before it is squared": lambda m, x: (
+        x * torch.rsqrt(((x / math.sqrt(H)) ** 2).sum(-1, keepdim=True) + EPS) * m.w
+    ),
     "root of the inverse": lambda m, x: x * ((x * x).mean(-1, keepdim=True) + EPS).reciprocal().sqrt() * m.w,
 }
 LATE_DIMENSIONS: dict[str, Callable[[Any, Tensor], Any]] = {
@@ -153,6 +179,21 @@ SWIGLUS: dict[str, Callable[[Any, Tensor], Any]] = {
     "tensor_split": lambda m, x: (lambda g, u: torch.mul(input=u, other=nn.functional.silu(input=g)))(
         *F.linear(x, torch.cat([m.wg, m.wu])).tensor_split(2, -1)
     ),
+    "g - g * sigmoid(-g)": lambda m, x: (lambda g: (g - g * torch.sigmoid(-g)) * F.linear(x, m.wu))(
+        F.linear(x, m.wg)
+    ),
+    "g * exp(g) / (1 + exp(g))": lambda m, x: (
+        lambda g: g * (torch.exp(g) / (1 + torch.exp(g))) * F.linear(x, m.wu)
+    )(F.linear(x, m.wg)),
+    "F.glu of twice the same": lambda m, x: (lambda g: F.glu(torch.cat([g, g], -1), -1) * F.linear(x, m.wu))(
+        F.linear(x, m.wg)
+    ),
+    "einsum of both": lambda m, x: torch.einsum(
+        "...i,...i->...i", F.silu(F.linear(x, m.wg)), F.linear(x, m.wu)
+    ),
+    "half of 1 + tanh, in one product": lambda m, x: (
+        lambda g: 0.5 * g * (1 + torch.tanh(g / 2)) * F.linear(x, m.wu)
+    )(F.linear(x, m.wg)),
     "half of tanh": lambda m, x: (lambda g: 0.5 * (torch.tanh(0.5 * g) + 1) * g * F.linear(x, m.wu))(
         F.linear(x, m.wg)
     ),
@@ -168,6 +209,12 @@ GATES: dict[str, Callable[..., Any]] = {
     "special.expit": lambda m, y, g: torch.special.expit(g) * y,
     "divided": lambda m, y, g: y / (1 + torch.exp(-g)),
     "divided by 1 + exp, reciprocal": lambda m, y, g: torch.reciprocal(1 + torch.exp(g.neg())) * y,
+    "softmax with zero": lambda m, y, g: (
+        y * F.softmax(torch.stack([g, torch.zeros_like(g)], dim=-1), dim=-1)[..., 0]
+    ),
+    "softmax after zero": lambda m, y, g: torch.stack([torch.zeros_like(g), g]).softmax(0)[1] * y,
+    "a half and half of tanh": lambda m, y, g: y * (0.5 + 0.5 * torch.tanh(0.5 * g)),
+    "signs inside and outside": lambda m, y, g: -(-y * g.sigmoid()) * 1,
     "double negation": lambda m, y, g: -((-y) * g.sigmoid()),
     "the complement": lambda m, y, g: y * (1 - torch.sigmoid(-g)),
     "einsum": lambda m, y, g: torch.einsum("bthd,bthd->bthd", y, g.sigmoid()),
@@ -487,6 +534,31 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
     "F.normalize bounds the norm by its epsilon and adds none": (
         "rms_norm",
         lambda m, x: F.normalize(x, dim=-1, eps=EPS) * H**0.5 * m.w,
+    ),
+    "the logarithm of another base": (
+        "rms_norm",
+        lambda m, x: x * torch.exp(-0.5 * torch.log2(x.square().mean(-1, keepdim=True) + EPS)) * m.w,
+    ),
+    "weights that are not all 1 / n": (
+        "rms_norm",
+        lambda m, x: x * torch.rsqrt(F.linear(x.square(), x.new_full((1, H), 2 / H)) + EPS) * m.w,
+    ),
+    "softmax with one": (
+        "sigmoid_gate",
+        lambda m, y, g: y * torch.stack([g, torch.ones_like(g)]).softmax(0)[0],
+    ),
+    "the other share of a softmax": (
+        "sigmoid_gate",
+        lambda m, y, g: y * torch.stack([g, torch.zeros_like(g)]).softmax(0)[1] * y,
+    ),
+    "tanh of the whole": ("sigmoid_gate", lambda m, y, g: y * (0.5 + 0.5 * torch.tanh(g))),
+    "g + g * sigmoid(-g)": (
+        "swiglu",
+        lambda m, x: (lambda g: (g + g * torch.sigmoid(-g)) * F.linear(x, m.wu))(F.linear(x, m.wg)),
+    ),
+    "the exponential of another": (
+        "sigmoid_gate",
+        lambda m, y, g: y * (torch.exp(g) / (1 + torch.exp(g * 2))),
     ),
     "an epsilon outside the root is another function": (
         "rms_norm",

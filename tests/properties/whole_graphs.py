@@ -16,7 +16,7 @@ from fxfuse.passes.program import Program
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.rewrite import traced
 from fxfuse.testing.blocks import BLOCKS
-from fxfuse.testing.programs import RandomProgram, random_program
+from fxfuse.testing.programs import ONE_TOKEN, RandomProgram, random_program
 from fxfuse.testing.tensors import integer_like_
 
 FUSING = ("same_input_linears", "layout_chains")
@@ -25,9 +25,9 @@ ALL = tuple(each.name for each in pipeline.PASSES)
 DECODING = tuple(
     name
     for name in SHIPPED
-    if BLOCKS[name].draw(random.Random(0)).get("length") == 1 and name != "experts_of_one_token"
+    if BLOCKS[name].draw(random.Random(0)).get("length") == 1 and name not in ONE_TOKEN
 )
-PREFILL = tuple(name for name in SHIPPED if name not in (*DECODING, "experts_of_one_token"))
+PREFILL = tuple(name for name in SHIPPED if name not in (*DECODING, *ONE_TOKEN))
 
 
 @dataclass

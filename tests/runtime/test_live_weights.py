@@ -147,6 +147,21 @@ def test_parameters_swapped_between_two_groups_follow_their_new_place() -> None:
     assert [each.packs for each in live] == [2, 2]
 
 
+def test_a_parameter_that_comes_to_stand_in_two_places_is_not_packed() -> None:
+    """Its memory would be in one of them, and a write to it would not reach the other."""
+    first, second = parameters(), parameters()
+    live = LiveWeights([SharedSlot(), SharedSlot()], [range(3), range(3, 6)])
+    live.fused([*first, *second])
+    for other in ([first[0], second[1], second[2]], [second[0], second[0], second[2]]):
+        pointers = [m.data_ptr() for m in (*first, *other)]
+        for _ in range(2):
+            with pytest.raises(live_weights.Refused, match="one parameter is now in two places"):
+                live.fused([*first, *other])
+        assert [m.data_ptr() for m in (*first, *other)] == pointers
+    whole = torch.cat([m.detach().clone() for m in first])
+    assert all(torch.equal(tensor, whole) for tensor in live.fused([*first, *first]) if tensor is not None)
+
+
 def test_two_graphs_share_one_packed_weight() -> None:
     members = parameters()
     prefill, decode = shared(members), shared(members)

@@ -101,6 +101,21 @@ def test_a_tied_head_is_there_under_either_name(make_model: Make) -> None:
         assert equal(model, weights)
 
 
+def test_a_tied_head_with_values_of_its_own_is_refused(make_model: Make, tmp_path: Path) -> None:
+    """transformers unties such a model; here one of the two would be lost."""
+    model, other = make_model(tie_word_embeddings=True), make_model(seed=1, tie_word_embeddings=True)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    given = {n: t.clone() for n, t in other.state_dict().items()}
+    given["lm_head.weight"][0, 0] += 1
+    for source in (given, save(tmp_path / "hf", other, given)):
+        with pytest.raises(CheckpointError, match=r"differs from .*, and the model has one tensor for both"):
+            fxfuse.load_state_dict(model, source)
+        assert equal(model, before)
+    given["lm_head.weight"] = given["model.embed_tokens.weight"].double()
+    fxfuse.load_state_dict(model, given)
+    assert equal(model, other.state_dict())
+
+
 def test_every_fault_is_listed_and_the_model_is_unchanged(make_model: Make, tmp_path: Path) -> None:
     model, other = make_model(seed=0), make_model(seed=1)
     before = {n: t.clone() for n, t in model.state_dict().items()}

@@ -14,7 +14,8 @@ from fxfuse.testing.tensors import integer_tensor
 __all__ = ["RandomProgram", "random_program"]
 
 # Blocks that are one row, whatever the shape of a program.
-ONE_ROW = ("one_row", "experts_of_one_token")
+ONE_TOKEN = ("experts_of_one_token", "chosen_experts")
+ONE_ROW = ("one_row", *ONE_TOKEN)
 EXACT = tuple(block.name for block in BLOCKS.values() if block.exact and block.name not in ONE_ROW)
 
 
