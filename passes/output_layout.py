@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, is_contiguous, storage_of
 
 RULE = "output_layout"
 
@@ -100,7 +100,7 @@ def _order(value: Any) -> list[int] | None:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         return None
     for order in _candidates(value):
-        if value.permute(order).is_contiguous():
+        if is_contiguous(value.permute(order)):
             return order
     return None
 
