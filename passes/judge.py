@@ -2,8 +2,9 @@
 
 A formula or a shape says where to look; this says whether it is so, whatever the spelling. Values are drawn
 at two magnitudes, so that epsilons count, and at larger and mixed ones where an operator acts on some values
-only, until the outputs show what it does; one that did nothing to any of them is not taken for nothing. Sizes
-that vary get primes, and so does a batch that is too large.
+only, until the outputs show what it does; one that did nothing to any of them is not taken for nothing. Masks
+and whole numbers are drawn as 0 and 1, each of them either in turn, so that none is dropped unseen; where a
+region does not run on them they are 0. Sizes that vary get primes, and so does a batch that is too large.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate, map_arg
 
 from fxfuse.errors import ShapeError
-from fxfuse.passes.left_out import LeftOut, left_out
+from fxfuse.passes.left_out import LeftOut, is_unknown, left_out
 from fxfuse.passes.numbered_features import TRIALS
 from fxfuse.passes.regions import Refused, read_by
 from fxfuse.patterns import ops
@@ -31,7 +32,12 @@ MAGNITUDES = ((1.0,), (1e-3,))
 # another one does. As many are made as it takes, up to a bound.
 MIXED = (0.3, 1.0, 3.0, 10.0, 30.0)
 LARGE = ((30.0,), MIXED) * 16
+OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
+# What whole inputs stay 0, in the order in which it is tried: none, numbers, masks as well.
+_NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_ZEROS: tuple[tuple[torch.dtype, ...], ...] = ((), _NUMBERS, (*_NUMBERS, torch.bool))
+_FAILURES = (RuntimeError, IndexError, ValueError)
 
 Values = dict[Node, Any]
 Candidate = Callable[[Mapping[Node, Any]], Sequence[Tensor]]
@@ -77,7 +83,8 @@ class Judge:
         with unset_fake_temporarily(), torch.no_grad():
             batch = _large_batch(region)
             unseen = {each: False for node in region for each in left_out(node)}  # whether it has acted
-            known = len(MAGNITUDES) + bool(unseen)  # trials that are made in any case
+            unknown = any(is_unknown(node) for node in region)
+            known = len(MAGNITUDES) + (OF_UNKNOWN if unknown else bool(unseen))  # trials made in any case
 
             def shown(values: Values, written: Values) -> list[Tensor]:
                 return [values[node] for node in outputs] + [written[state] for state in states]
@@ -87,14 +94,23 @@ class Judge:
                     break
                 sizes = TRIALS[trial % len(TRIALS)]
                 fewer = Fewer(batch, sizes[0])
-                inputs = _drawn(region, sizes, magnitudes, trial, given, fewer)
-                theirs, ours = _copied(inputs), _copied(inputs)
-                values = run(region, theirs, fewer)
-                expected = shown(values, theirs)
-                try:
-                    got = [*candidate(ours), *(ours[s] for s in states)]
-                except ShapeError as error:  # the operator's own word on what it does not take
-                    raise Refused(outputs[0], str(error)) from error
+                for zeros in _ZEROS:
+                    inputs = _drawn(region, sizes, magnitudes, trial, given, fewer, zeros)
+                    theirs, ours = _copied(inputs), _copied(inputs)
+                    try:
+                        values = run(region, theirs, fewer)
+                        expected = shown(values, theirs)
+                        got = [*candidate(ours), *(ours[s] for s in states)]
+                    except ShapeError as error:  # the operator's own word on what it does not take
+                        raise Refused(outputs[0], str(error)) from error
+                    except (Refused, *_FAILURES):  # an index out of range, say
+                        if zeros is _ZEROS[-1]:
+                            raise
+                        continue
+                    if all(
+                        bool(torch.isfinite(e).all()) for e in expected
+                    ):  # no row that is masked as a whole
+                        break
                 if not _all_close(expected, got):
                     return False
                 for each in list(unseen):
@@ -168,6 +184,7 @@ def _drawn(
     seed: int,
     given: Callable[[Node, Sequence[int]], Tensor | None],
     fewer: Fewer,
+    zeros: Sequence[torch.dtype],
 ) -> Values:
     sizes: dict[Any, int] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -193,6 +210,9 @@ def _drawn(
             drawn *= _one_of(magnitudes, generator)
         elif drawn is None:
             drawn = torch.zeros(shape, dtype=value.dtype)
+            if value.dtype not in zeros:
+                bits = torch.Generator().manual_seed(len(values))
+                drawn += torch.randint(2, shape, generator=bits).to(value.dtype) ^ bool(seed % 2)
         values[node] = drawn
     return values
 
@@ -233,7 +253,7 @@ def run(
         call: Any = without.call if without is not None and without.node is node else node.target
         try:
             known[node] = call(*args, **kwargs)
-        except RuntimeError as error:
+        except _FAILURES as error:
             why = (
                 "is too large to run it and compare" if fewer.batch is not None else f"cannot be run: {error}"
             )

@@ -24,6 +24,26 @@ COMPARISONS = frozenset(
     | {"isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit", "isclose"}
 )
 SIGNS = {"sign": (-1.0, 1.0), "sgn": (-1.0, 1.0), "heaviside": (0.0, 1.0)}
+# Operators that do the same to all values, or move them. What is on no list is tried at other magnitudes.
+_STEADY = """
+    add sub subtract rsub mul multiply div divide true_divide neg negative pow square sqrt rsqrt
+    reciprocal exp exp2 expm1 log log1p log2 abs absolute sigmoid special_expit tanh silu gelu mish
+    softplus log_sigmoid logaddexp sin cos erf lerp addcmul addcdiv float_power special_log1p sum mean
+    cumsum matmul mm bmm mv dot vdot inner outer addmm addbmm baddbmm addmv linear einsum tensordot
+    linalg_vecdot conv1d convolution softmax log_softmax logsumexp norm linalg_vector_norm var std
+    var_mean rms_norm layer_norm scaled_dot_product_attention complex view_as_complex view_as_real view
+    _unsafe_view reshape flatten unflatten view_as reshape_as ravel squeeze unsqueeze permute transpose
+    t mT swapaxes swapdims movedim moveaxis adjoint numpy_T expand expand_as broadcast_to repeat tile
+    repeat_interleave unfold slice select narrow split split_with_sizes tensor_split chunk unbind hsplit
+    vsplit dsplit diagonal diag_embed as_strided cat concat concatenate stack hstack vstack dstack
+    column_stack flip roll pad constant_pad_nd tril triu index index_select gather take_along_dim
+    embedding one_hot index_copy index_put index_add slice_scatter select_scatter scatter copy fill zero
+    clone contiguous to _to_copy type_as float double detach alias lift_fresh lift_fresh_copy dropout
+    zeros ones full empty arange eye scalar_tensor zeros_like ones_like full_like empty_like new_zeros
+    new_ones new_full new_empty sym_size sym_stride sym_numel logical_not logical_and logical_or
+    bitwise_not bitwise_and bitwise_or
+"""
+STEADY = frozenset(_STEADY.split())
 SOFTPLUS_THRESHOLD = 20  # beyond it nothing is left of what softplus adds
 
 
@@ -82,6 +102,13 @@ def left_out(node: Node) -> list[LeftOut]:
     if name in CHOICES or (compares and not all(_is_choice(user, node) for user in node.users)):
         return [LeftOut(node, outcome=outcome) for outcome in (False, True)]
     return []
+
+
+def is_unknown(node: Node) -> bool:
+    """Whether an ATen operator is on no list: it may act on some values only."""
+    name = _operation(node)
+    listed = name in STEADY or name in COMPARISONS or name in CHOICES or not name
+    return not listed and not left_out(node)
 
 
 def _is_choice(user: Node, condition: Node) -> bool:

@@ -204,6 +204,54 @@ def test_a_limit_that_acts_and_does_not_show_is_tried_until_it_shows(
     assert Judge().equal(region, region[-1:], with_it, "with the limit")
 
 
+# On no list: each is a polynomial of small values, and another function of large ones.
+UNLISTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
+    "hardswish": (lambda x: F.hardswish(x), lambda x: x * (x + 3) / 6),
+    "hardsigmoid": (lambda x: F.hardsigmoid(x), lambda x: (x + 3) / 6),
+    "renorm": (lambda x: torch.renorm(x[None], 2, 0, 20.0)[0], lambda x: x),
+}
+
+
+@pytest.mark.parametrize("values", [1, 4])
+@pytest.mark.parametrize("name", UNLISTED)
+def test_an_operator_on_no_list_is_tried_at_other_magnitudes(name: str, values: int) -> None:
+    function, small = UNLISTED[name]
+    assert judged(function, function, values)
+    assert not judged(function, small, values)
+
+
+WHOLE: dict[
+    str, tuple[torch.dtype, Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]
+] = {
+    "a mask": (torch.bool, lambda x, m: x * ~m, lambda x, m: x),
+    "a mask that is added": (torch.bool, lambda x, m: x - 1e9 * m.to(x.dtype), lambda x, m: x),
+    "a mask by product": (torch.bool, lambda x, m: x * m, lambda x, m: x * 0),
+    "a number": (torch.int64, lambda x, n: x + n, lambda x, n: x),
+    "a small number": (torch.int32, lambda x, n: x * (n + 1), lambda x, n: x),
+    "chosen rows": (torch.int64, lambda x, i: x[i], lambda x, i: x[:1].expand(x.shape)),
+    "gathered rows": (torch.int64, lambda x, i: x.index_select(0, i), lambda x, i: x[:1].expand(x.shape)),
+}
+
+
+@pytest.mark.parametrize("values", [1, 2, 8])
+@pytest.mark.parametrize("name", WHOLE)
+def test_masks_and_indices_that_are_dropped_show(name: str, values: int) -> None:
+    dtype, function, dropped = WHOLE[name]
+    graph = make_fx(function, pre_dispatch=True)(torch.ones(values), torch.zeros(values, dtype=dtype)).graph
+    x, whole = graph.find_nodes(op="placeholder")
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(values)
+    whole.meta["val"] = torch.zeros(values, dtype=dtype)
+    region = [node for node in graph.nodes if node.op == "call_function"]
+
+    def equal(call: Callable[[Tensor, Tensor], Tensor]) -> bool:
+        return Judge().equal(region, region[-1:], lambda given: [call(given[x], given[whole])], "a candidate")
+
+    assert equal(function)
+    only_row = values == 1 and "rows" in name
+    assert equal(dropped) == only_row
+
+
 @pytest.mark.parametrize("limit", [F.relu6, lambda x: x.clamp(0, 50)], ids=["relu6", "clamp"])
 def test_a_limit_that_one_side_shows_is_tried_on_the_other(limit: Callable[[Tensor], Tensor]) -> None:
     graph = make_fx(lambda x: limit(x) + torch.log1p(torch.exp(-x.abs())))(torch.randn(64)).graph
