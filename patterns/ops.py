@@ -82,6 +82,7 @@ REPEAT = "aten.repeat.default"
 TILE = "aten.tile.default"
 REPEAT_INTERLEAVE = "aten.repeat_interleave.self_int"
 STACK = "aten.stack.default"
+UNFOLD = "aten.unfold.default"
 
 # May hand back their input unchanged: a call that does so is folded away.
 MAYBE_IDENTITY = frozenset(
