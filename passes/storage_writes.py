@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import ops
+from fxfuse.patterns.readings import PADDINGS
 
 
 def storage_of(node: Node) -> int | None:
@@ -170,6 +171,11 @@ def _keeps_order(node: Node) -> bool:
     name = str(node.target).rpartition(".")[0]
     if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return False
+    if str(node.target) in PADDINGS:
+        given: Any = node.args[1]
+        added = [n.meta["val"] if isinstance(n, Node) else n for n in given]
+        if not any(statically_known_true(n > 0) for n in added):
+            return True  # a copy of a part
     if name in ops.CHANNELS_MAY_LIE_LAST:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and value.dim() > 3 and not is_contiguous(value)
