@@ -174,7 +174,7 @@ def _signs_of_product(node: Node) -> _Reading | None:
         x = _unsigned(signed)
         if x is None or not x.meta["val"].is_floating_point():
             continue
-        if equal_sizes(x.meta["val"].stride(), signed.meta["val"].stride()):
+        if equal_sizes(x.meta["val"].stride(), signed.meta["val"].stride()):  # type: ignore[union-attr]
             factors = (x, product.args[1]) if i == 0 else (product.args[0], x)
             operands = tuple(n for n in factors if isinstance(n, Node))
             return _Reading((product, signed), operands, lambda new, to=factors: (product.target, to))  # type: ignore[arg-type, misc]
