@@ -20,7 +20,7 @@ from fxfuse.passes.judge import Judge
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by
-from fxfuse.passes.storage_writes import equal_sizes, storage_of, written_by
+from fxfuse.passes.storage_writes import equal_sizes, written_by
 from fxfuse.patterns import readings
 from fxfuse.patterns.ops import CAT
 from fxfuse.runtime.ops.limits import unsupported
@@ -144,7 +144,7 @@ def _accepted(guards: Guards, judge: Judge, conv: Node) -> Found:
         found = Found(x, end, weight, bias, silu, behind([end], {x, *parameters}))  # type: ignore[arg-type]
         if not judge.equal(found.region, [end], found.on, f"{RULE} {silu}"):
             continue
-        reason = guards.reason(found.region, [end], found.dtypes)
+        reason = guards.reason(found.region, [end], found.dtypes, restored=True)
         if reason is None:
             return found
         miss = Refused(*reason)
@@ -172,7 +172,7 @@ def _sum_accepted(guards: Guards, judge: Judge, x: Node, pads: Sequence[Node]) -
             if not judge.equal(region, [end], found.on, found.name):
                 miss = miss or Refused(end, NONE_AT_ALL)
                 continue
-            reason = guards.reason(region, [end], found.dtypes)
+            reason = guards.reason(region, [end], found.dtypes, restored=True)
             if reason is None:
                 return found
             miss = Refused(*reason)
@@ -192,9 +192,7 @@ def _replace(program: Program, guards: Guards, found: Found) -> None:
         new = call(program, end, target, x, taps, found.bias, None, None, found.silu)
         if found.turned:
             new = call(program, end, aten.transpose.int, new, 1, 2)
-        elif storage_of(end) in guards.fixed:  # by position, not channels first as the operator leaves it
-            new = call(program, end, aten.contiguous.default, new)
-    end.replace_all_uses_with(new)
+        guards.put_in_place(program, end, new, reordered=True)  # the operator may leave channels last
     erase(program, found.region)
 
 

@@ -152,7 +152,7 @@ def _accepted(guards: Guards, judge: Judge, step: Step) -> Call | None:
 def _reason(guards: Guards, found: Call) -> tuple[Node, str] | None:
     end, region = found.end, found.region
     dtypes = {end.meta["val"].dtype, torch.float32}
-    reason = guards.reason(region, [end], dtypes, [found.step.state])
+    reason = guards.reason(region, [end], dtypes, [found.step.state], restored=True)
     if reason is not None:
         return reason
     early = [u for u in end.users if guards.position[u] < guards.position[region[-1]]]
@@ -172,10 +172,8 @@ def _replace(program: Program, guards: Guards, found: Call) -> None:
         new = call(program, end, target, tokens, found.step.state, taps, found.bias, found.silu)
         if end.meta["val"].dim() == 2:
             new = call(program, end, aten.squeeze.dim, new, 2)
-        elif storage_of(end) in guards.fixed:
-            new = call(program, end, aten.contiguous.default, new)
+        guards.put_in_place(program, end, new, reordered=True)
     program.graph.erase_node(anchor)
-    end.replace_all_uses_with(new)
     erase(program, found.region)
 
 

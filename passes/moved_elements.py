@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.backward import Backward
 from fxfuse.passes.program import Program
+from fxfuse.passes.rejoined_parts import rejoined
 from fxfuse.passes.storage_writes import (
     StorageWrites,
     equal_sizes,
@@ -30,17 +31,21 @@ def spell_moved_elements(program: Program) -> None:
     shown, backward = layout_shows(program.graph), Backward(program)
     (end,) = program.graph.find_nodes(op="output")
     changed: set[Node] = set()
-    for node in program.calls(*_VIEWS, *ops.RESHAPES, ops.FLATTEN):
+    for node in program.calls(*_VIEWS, ops.CAT, *ops.RESHAPES, ops.FLATTEN):
         if writes.is_written(node) or storage_of(node) in fixed:
             continue
-        strided = any(n in changed or not is_contiguous(n.meta["val"]) for n in _tensors(node))
+        whole = rejoined(program, node) if str(node.target) in (ops.CAT, ops.STACK) else None
+        read = _tensors(node) if whole is None else [whole[1][0]]
+        strided = any(n in changed or not is_contiguous(n.meta["val"]) for n in read)
         if strided and storage_of(node) in shown:
             continue
         if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
             continue
         if any(str(n.target) in ops.ARANGE and writes.is_written(n) for n in node.all_input_nodes):
             continue
-        if str(node.target) in _VIEWS:
+        if whole is not None or str(node.target) == ops.CAT:
+            spelled = whole
+        elif str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)
         else:
             parted = backward.parts(node, *_tensors(node))

@@ -72,6 +72,15 @@ def cuts_of(region: Sequence[Node]) -> tuple[list[Node], list[Cut]]:
     return known, cuts
 
 
+def features_of(node: Node, region: Sequence[Node]) -> tuple[int, ...] | None:
+    """The features that the node's rows hold of those of the region's first; None where they are not whole.
+
+    Raises TooLarge.
+    """
+    first, second = (_numbered(region, primes).get(node) for primes in TRIALS)
+    return first if first == second else None
+
+
 def _only_feeds(node: Node, known: set[Node], whole: set[Node]) -> bool:
     """Whether a list (of a split) or another step is there only on the way to nodes whose rows are whole."""
     return bool(node.users) and all(

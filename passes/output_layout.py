@@ -9,7 +9,6 @@ Outputs that share memory go on sharing it: there the first node of that memory 
 from collections import Counter
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
@@ -17,8 +16,8 @@ from torch.utils._pytree import tree_leaves
 
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import call
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, is_contiguous, storage_of
+from fxfuse.passes.regions import laid_out
+from fxfuse.passes.storage_writes import StorageWrites, dense_order, equal_sizes, storage_of
 
 RULE = "output_layout"
 
@@ -31,7 +30,7 @@ def restore_output_layout(program: Program, given: Program) -> Outcome:
     taken = _taken(program)
     for place, old in enumerate(wanted):
         node = _results(program)[place]  # anew: for an earlier one its memory may have been copied
-        value, order = node.meta.get("val"), _order(old.meta.get("val"))
+        value, order = node.meta.get("val"), dense_order(old.meta.get("val"))
         if not isinstance(value, Tensor):
             continue
         if taken[storage_of(node)] > 1:
@@ -41,7 +40,7 @@ def restore_output_layout(program: Program, given: Program) -> Outcome:
         elif order is not None and value.dim() == len(order) and not value.permute(order).is_contiguous():
             (output,) = program.graph.find_nodes(op="output")
             with program.graph.inserting_before(output):
-                output.replace_input_with(node, _laid_out(program, node, order))
+                output.replace_input_with(node, laid_out(program, node, node, order))
             outcome.matches.append(Match(RULE, node.name, (), "strides as they were"))
     return outcome
 
@@ -56,17 +55,10 @@ def _taken(program: Program) -> Counter[int | None]:
     return Counter(storage_of(n) for n in (*program.placeholders(), *dict.fromkeys(_results(program))))
 
 
-def _laid_out(program: Program, node: Node, order: list[int]) -> Node:
-    back = sorted(range(len(order)), key=order.__getitem__)
-    made = call(program, node, torch.ops.aten.permute.default, node, order)
-    made = call(program, node, torch.ops.aten.contiguous.default, made)
-    return call(program, node, torch.ops.aten.permute.default, made, back)
-
-
 def _restore_shared(program: Program, given: Program, node: Node, old: Node, outcome: Outcome) -> None:
     """Copy the memory of an output of other strides where it is made: other outputs are views of it."""
     root, old_root = (_made_by(p, n) for p, n in ((program, node), (given, old)))
-    order, shapes = _order(old_root.meta["val"]), [n.meta["val"].shape for n in (root, old_root)]
+    order, shapes = dense_order(old_root.meta["val"]), [n.meta["val"].shape for n in (root, old_root)]
     fixed = root.op == "placeholder" or StorageWrites(program.graph).is_written(root)
     if order is None or fixed or not equal_sizes(*shapes):
         reason = "it shares memory with another input or output, and would be laid out otherwise"
@@ -74,7 +66,7 @@ def _restore_shared(program: Program, given: Program, node: Node, old: Node, out
         return
     users = list(root.users)
     with program.graph.inserting_before(root.next):
-        copied = _laid_out(program, root, order)
+        copied = laid_out(program, root, root, order)
     for user in users:
         user.replace_input_with(root, copied)
         user.meta.pop("val", None)
@@ -93,24 +85,3 @@ def _strides_differ(value: Any, old: Any) -> bool:
         return False
     steps = zip(old.shape, value.stride(), old.stride(), strict=True)
     return any(statically_known_true(size > 1) and statically_known_true(a != b) for size, a, b in steps)
-
-
-def _order(value: Any) -> list[int] | None:
-    """The dimensions from the widest step to the narrowest, if in this order the memory is contiguous."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided:
-        return None
-    for order in _candidates(value):
-        if is_contiguous(value.permute(order)):
-            return order
-    return None
-
-
-def _candidates(value: Tensor) -> list[list[int]]:
-    """The order of the strides where all are numbers, and the order as it is."""
-    own = list(range(value.dim()))
-    if not all(isinstance(stride, int) for stride in value.stride()):
-        return [own, *([*own[:i], own[i + 1], own[i], *own[i + 2 :]] for i in own[:-1])]
-    single = [statically_known_true(size == 1) for size in value.shape]
-    steps = [dim for dim in own if not single[dim]]
-    steps.sort(key=lambda dim: value.stride()[dim], reverse=True)
-    return [own, [*(dim for dim in own if single[dim]), *steps]]

@@ -283,7 +283,7 @@ def _reason(
     if found.new.meta["val"].dtype != found.state.meta["val"].dtype and found.write is None:
         return found.new, "the state that is returned and the one before it differ in dtype"
     outputs, states = ([result, found.new], []) if found.write is None else ([result], [found.state])
-    reason = guards.reason(region, outputs, {value.dtype, torch.float32}, states)
+    reason = guards.reason(region, outputs, {value.dtype, torch.float32}, states, restored=True)
     if reason is not None:
         return reason
     users = {user for n in outputs for user in n.users} - set(region)
@@ -298,7 +298,9 @@ def _reason(
     return None
 
 
-def _replace(program: Program, found: Candidate, region: list[Node], result: Node, reading: Reading) -> None:
+def _replace(
+    program: Program, guards: Guards, found: Candidate, region: list[Node], result: Node, reading: Reading
+) -> None:
     aten = torch.ops.aten
     with program.graph.inserting_after(region[-1]):
         anchor = program.graph.call_function(aten.alias.default, (result,))
@@ -320,10 +322,10 @@ def _replace(program: Program, found: Candidate, region: list[Node], result: Nod
             out = call(program, result, aten.squeeze.dim, out, 1)
         elif not statically_known_true(value.shape[1] == 1):
             out = call(program, result, aten.transpose.int, out, 1, 2)
+        guards.put_in_place(program, result, out)
+        if found.write is None:
+            guards.put_in_place(program, found.new, state)
     program.graph.erase_node(anchor)
-    result.replace_all_uses_with(out)
-    if found.write is None:
-        found.new.replace_all_uses_with(state)
     erase(program, region)
 
 
@@ -342,5 +344,5 @@ def run(program: Program) -> Outcome:
             accepted.append((found, whole))
             outcome.matches.append(Match(RULE, where, (), f"{len(whole[0])} calls → 1"))
     for found, (region, result, reading) in accepted:
-        _replace(program, found, region, result, reading)
+        _replace(program, guards, found, region, result, reading)
     return outcome

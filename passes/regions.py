@@ -16,6 +16,7 @@ from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
+    dense_order,
     is_contiguous,
     layout_shows,
     storage_of,
@@ -96,6 +97,7 @@ class Guards:
         states: Collection[Node] = (),
         at: Node | None = None,
         kept: bool = False,
+        restored: bool = False,
     ) -> tuple[Node, str] | None:
         """The node that decides, and why; None where the region may be replaced by one call at its end.
 
@@ -105,6 +107,7 @@ class Guards:
             states: inputs that the region writes, and the call that replaces it.
             at: the node before which the inputs are read instead, where that is not the end of the region.
             kept: whether the outputs stay as they are for everybody else: then nobody sees another layout.
+            restored: whether each output is put in its place by `put_in_place`, with the strides that it had.
         """
         inside = set(region)
         given = {storage_of(n) for n in read_by(region)} - {None} - {storage_of(s) for s in states}
@@ -120,9 +123,25 @@ class Guards:
         written = {storage_of(state) for state in states}
         for node in () if kept else outputs:
             storage, value = storage_of(node), node.meta.get("val")
-            if storage in self.fixed and storage not in written and not is_contiguous(value):
+            if storage not in self.fixed or storage in written or is_contiguous(value):
+                continue
+            if not restored or dense_order(value) is None:
                 return node, f"{node.name} leaves the graph, or its strides are read"
         return self._disturbed(region, states, at or region[-1])
+
+    def put_in_place(self, program: Program, old: Node, new: Node, reordered: bool = False) -> None:
+        """Give the users of an output what was computed instead, laid out as it was where that shows.
+
+        The calls go in at the insertion point.
+
+        Args:
+            reordered: whether `new` may be anything else than contiguous.
+        """
+        value = old.meta["val"]
+        order = dense_order(value) if storage_of(old) in self.fixed else None
+        if order is not None and (reordered or order != sorted(order)):
+            new = laid_out(program, old, new, order)
+        old.replace_all_uses_with(new)
 
     def _disturbed(
         self, region: Sequence[Node], states: Collection[Node], at: Node
@@ -166,6 +185,16 @@ def call(program: Program, like: Node, target: Any, *args: Any) -> Node:
     node = program.graph.call_function(target, args)
     node.meta["nn_module_stack"] = like.meta.get("nn_module_stack", {})
     return node
+
+
+def laid_out(program: Program, like: Node, node: Node, order: list[int]) -> Node:
+    """The value with its dimensions stored in this order, the widest step first."""
+    if order == sorted(order):
+        return call(program, like, torch.ops.aten.contiguous.default, node)
+    back = sorted(range(len(order)), key=order.__getitem__)
+    node = call(program, like, torch.ops.aten.permute.default, node, order)
+    node = call(program, like, torch.ops.aten.contiguous.default, node)
+    return call(program, like, torch.ops.aten.permute.default, node, back)
 
 
 def written_out(program: Program, like: Node, node: Node, *sizes: Any) -> Node:

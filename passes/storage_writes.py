@@ -77,6 +77,27 @@ def is_contiguous(value: Any) -> bool:
     return True
 
 
+def dense_order(value: Any) -> list[int] | None:
+    """The dimensions from the widest step to the narrowest, if in this order the memory is contiguous."""
+    if not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+        return None
+    for order in _orders(value):
+        if is_contiguous(value.permute(order)):
+            return order
+    return None
+
+
+def _orders(value: torch.Tensor) -> list[list[int]]:
+    """The order of the strides where all are numbers, and the order as it is."""
+    own = list(range(value.dim()))
+    if not all(isinstance(stride, int) for stride in value.stride()):
+        return [own, *([*own[:i], own[i + 1], own[i], *own[i + 2 :]] for i in own[:-1])]
+    single = [statically_known_true(size == 1) for size in value.shape]
+    steps = [dim for dim in own if not single[dim]]
+    steps.sort(key=lambda dim: value.stride()[dim], reverse=True)
+    return [own, [*(dim for dim in own if single[dim]), *steps]]
+
+
 def equal_sizes(sizes: Sequence[Any], others: Sequence[Any]) -> bool:
     """Without asking the shape environment for a guard, as `==` on symbolic sizes would."""
     return len(sizes) == len(others) and all(map(_equal, sizes, others))

@@ -6,6 +6,7 @@ state is carried.
 """
 
 import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ L2_EPSILON = 1e-6
 LEAST_LOG_DECAY = -110.0  # exp of it is zero in float32; sums of less lose digits, and of −inf all of them
 LOG2_E = 1.4426950408889634
 SOLVED = 16  # rows of a triangular system that are solved one after the other
+TOGETHER = 64  # heads of chunks that are prepared by one call each: more would leave the caches of a CPU
 
 
 class Factors(NamedTuple):
@@ -105,39 +107,9 @@ def _diagonal(x: Tensor, size: int) -> Tensor:
     return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def _tokens(x: Tensor, key_heads: int, part: slice) -> Tensor:
-    """Some tokens of [B, T, h, ...] as a view [B, Hk, h / Hk, n, ...]."""
-    return x[:, part].transpose(1, 2).unflatten(1, (key_heads, -1))
-
-
-def _chunk(
-    pairs: Tensor, value: Tensor, g: Tensor, beta: Tensor, state: Tensor | None, normalise: bool
-) -> tuple[Tensor, Tensor]:
-    """Output [B·HV, n, dv] of n tokens and the next state [B·HV, dk, dv], which is the given one, written to.
-
-    No state is one of zeros. Value heads that share a key head are an axis of their own (r), so that keys are
-    multiplied with each other once for all.
-    """
-    size = value.shape[-2]
-    by = factors(pairs, g, beta, normalise)
-
-    def heads(x: Tensor) -> Tensor:
-        return x.flatten(0, 2)  # [B·HV, n, ...]
-
-    # (I + A β) e = v − exp(γ) k S: how much each token's value differs from what is there for its key.
-    products = heads(by.pairs.mul_(pairs @ pairs[..., :size, :].mT))
-    solved, inside = inverse(products[:, :size]), products[:, size:]
-    keys, queries = heads(pairs.expand(*value.shape[:3], -1, -1)).split(size, dim=1)
-    errors = heads(value.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
-    if state is None:
-        errors = solved @ errors
-        out = inside @ errors
-    else:
-        reading = heads(by.reading)
-        errors = solved @ errors.addcmul_(keys @ state, reading[:, :size], value=-1)
-        out = (queries @ state).mul_(reading[:, size:]).baddbmm_(inside, errors)
-    kept = errors.mul_(heads(by.keeping))
-    return out, keys.mT @ kept if state is None else state.mul_(heads(by.over)).baddbmm_(keys.mT, kept)
+def _by_chunk(x: Tensor, key_heads: int, size: int) -> Tensor:
+    """[B, N·n, h, ...] as a view [N, B, Hk, h / Hk, n, ...] of N chunks of n tokens."""
+    return x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2)).unflatten(2, (key_heads, -1))
 
 
 class Given(NamedTuple):
@@ -242,17 +214,57 @@ def reference(*arguments: Any) -> tuple[Tensor, Tensor]:
     if length == 0:
         return out, start
     batch, _, heads, _ = given.value.shape
-    key_heads = given.key.shape[2]
     state = None if given.initial_state is None else start.flatten(0, 1)
-    # Chunk by chunk, so that all of it stays in the caches of a CPU.
-    for n in range(0, length, CHUNK):
-        part = slice(n, min(n + CHUNK, length))
-        query, key, value, g, beta = (_tokens(x, key_heads, part) for x in given[:5])
-        own, state = _chunk(
-            keys_over_queries(key, query), value, g.float(), beta.float(), state, given.normalise
-        )
-        out[:, part] = own.unflatten(0, (batch, heads)).transpose(1, 2)
+    for part, size in _stretches(length, batch * heads):
+        for n, (own, after) in enumerate(_chunks(given, part, size, state)):
+            tokens = slice(part.start + n * size, part.start + (n + 1) * size)
+            out[:, tokens] = own.unflatten(0, (batch, heads)).transpose(1, 2)
+            state = after
     return out, (start if state is None else state.unflatten(0, (batch, heads)))
+
+
+def _stretches(length: int, heads: int) -> Iterator[tuple[slice, int]]:
+    """Tokens whose chunks are prepared together, and how many of them a chunk has."""
+    whole = length - length % CHUNK
+    step = max(1, TOGETHER // max(1, heads)) * CHUNK
+    for n in range(0, whole, step):
+        yield slice(n, min(n + step, whole)), CHUNK
+    if whole < length:
+        yield slice(whole, length), length - whole
+
+
+def _chunks(given: Given, part: slice, size: int, state: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Output [B·HV, n, dv] of each chunk of n tokens and the state [B·HV, dk, dv] behind it.
+
+    The state given, none for one of zeros, is written to. Value heads that share a key head are an axis of
+    their own (r), so that keys are multiplied with each other once for all.
+    """
+    key_heads = given.key.shape[2]
+    query, key, value, g, beta = (_by_chunk(x[:, part], key_heads, size) for x in given[:5])
+    pairs = keys_over_queries(key, query)
+    by = factors(pairs, g.float(), beta.float(), given.normalise)
+
+    def heads(x: Tensor) -> Tensor:
+        return x.flatten(1, 3)  # [N, B·HV, n, ...]
+
+    # (I + A β) e = v − exp(γ) k S: how much each token's value differs from what is there for its key.
+    products = heads(by.pairs.mul_(pairs @ pairs[..., :size, :].mT))
+    solved = inverse(products[:, :, :size].flatten(0, 1)).unflatten(0, (len(products), -1))
+    reading, keeping, over = heads(by.reading), heads(by.keeping), heads(by.over)
+    both = heads(pairs.expand(*value.shape[:4], -1, -1))
+    values = heads(value.to(torch.float32, memory_format=torch.contiguous_format, copy=True))
+    for n, errors in enumerate(values):
+        keys, queries = both[n].split(size, dim=1)
+        inside = products[n, :, size:]
+        if state is None:
+            errors = solved[n] @ errors
+            out = inside @ errors
+        else:
+            errors = solved[n] @ errors.addcmul_(keys @ state, reading[n, :, :size], value=-1)
+            out = (queries @ state).mul_(reading[n, :, size:]).baddbmm_(inside, errors)
+        kept = errors.mul_(keeping[n])
+        state = keys.mT @ kept if state is None else state.mul_(over[n]).baddbmm_(keys.mT, kept)
+        yield out, state
 
 
 def _packed(given: Given, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

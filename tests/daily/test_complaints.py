@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 import fxfuse
 from fxfuse.passes import pipeline
 from fxfuse.passes.outcome import Match, Outcome
-from fxfuse.runtime import backend, live_weights, parts
+from fxfuse.runtime import backend, hooks, live_weights, parts
 from fxfuse.runtime import optimize as entry
 from fxfuse.runtime.hooks import Hooks
 from fxfuse.runtime.optimize import optimization_report
@@ -328,7 +328,11 @@ def test_complaint_4_it_was_slower_on_the_way_to_a_graph() -> None:
 
 def test_the_check_of_the_way_to_a_graph_can_fail(monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(Hooks, "present", lambda self: frozenset(self._search()))
+
+    def searched(self: Hooks) -> hooks.Present:
+        return frozenset(hooks._search([module.__dict__ for module in self._model().modules()]))
+
+    monkeypatch.setattr(Hooks, "present", searched)
     with pytest.raises(AssertionError, match="for 8"):
         check_that_the_way_to_a_graph_stays_short()
 

@@ -133,3 +133,71 @@ def test_a_copy_stays_whose_strides_a_written_view_needs(rewrite_equal: Any) -> 
     part = integer_tensor((2, 3, 24), seed=0)[..., :12]
     report = rewrite_equal(Copied(), [part], passes="same_input_linears", dynamic=False, fill=False).report
     assert not [miss.reason for miss in report.misses if "undone" in miss.reason]
+
+
+def step(x: Tensor, state: Tensor, taps: Tensor, columns: slice = slice(1, None)) -> Tensor:
+    """A token of a causal convolution, of which a product by channels lies in memory as [C, B]."""
+    new = torch.cat([state, x], -1)[..., columns]
+    state.copy_(new)
+    return F.silu(torch.einsum("bck,ck->bc", new, taps))
+
+
+def convolved(x: Tensor, state: Tensor, taps: Tensor) -> Tensor:
+    """Channels that lie behind positions, of another function's memory."""
+    past = F.pad(x.transpose(1, 2), (taps.shape[1] - 1, 0))
+    return F.silu(F.conv1d(past, taps[:, None], groups=taps.shape[0]).transpose(1, 2).mT.contiguous().mT)
+
+
+def remembered(x: Tensor, state: Tensor, taps: Tensor) -> Tensor:
+    """The last column stays out: no step moves on by nothing."""
+    return step(x, state, taps, slice(None, -1))
+
+
+def cut_after(x: Tensor, state: Tensor, taps: Tensor) -> Tensor:
+    """A part of a larger memory, which nothing that a pass makes is."""
+    y = F.conv1d(x.transpose(1, 2), taps[:, None], padding=taps.shape[1] - 1, groups=taps.shape[0])
+    return F.silu(y)[..., : x.shape[1]]
+
+
+def read_by_strides(x: Tensor, state: Tensor, taps: Tensor) -> Tensor:
+    """As its memory lies: [C, B]."""
+    return step(x, state, taps).as_strided((6, 3), (3, 1))
+
+
+LEAVING: list[tuple[Callable[..., Tensor], Sequence[int], Any]] = [
+    (step, (3, 6, 1), "causal_conv1d_update"),
+    (read_by_strides, (3, 6, 1), "causal_conv1d_update"),
+    (convolved, (3, 5, 6), "causal_conv1d"),
+    (remembered, (3, 6, 1), None),
+    (cut_after, (3, 5, 6), None),
+]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("function", "shape", "operator"), LEAVING, ids=[case[0].__name__ for case in LEAVING]
+)
+def test_a_block_that_is_returned_becomes_a_call_with_the_strides_that_it_had(
+    function: Callable[..., Tensor], shape: Sequence[int], operator: str | None, dynamic: bool
+) -> None:
+    class Returned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taps = nn.Parameter(integer_tensor((6, 4), seed=0))
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            return function(x, state, self.taps)
+
+    module = Returned()
+    given = [integer_tensor(shape, seed=1), integer_tensor((3, 6, 4), seed=2)]
+    with torch.no_grad():
+        states = [given[1].clone() for _ in range(2)]
+        expected = module(given[0], states[0])
+        found = rewrite(module, given, target="cuda", inner="eager", dynamic=dynamic)
+        got = found.graph_module(given[0], states[1])
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(*states) and got.stride() == expected.stride()
+    called = [
+        str(n.target).split(".")[1] for n in found.graph_module.graph.nodes if "fxfuse" in str(n.target)
+    ]
+    assert called == ([operator] if operator is not None else [])
