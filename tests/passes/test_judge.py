@@ -249,6 +249,8 @@ def test_masks_and_indices_that_are_dropped_show(name: str, values: int) -> None
 
     assert equal(function)
     only_row = values == 1 and "rows" in name
+    fails_on_one = equal(lambda x, whole: function(x, whole) + torch.zeros(1)[whole.long().amax()])
+    assert fails_on_one == only_row
     assert equal(dropped) == only_row
 
 
