@@ -59,11 +59,20 @@ def _put_number(user: Node, node: Node, number: float) -> None:
         return
     in_front = first is node and name == ops.MUL  # there it has the dtype of x
     rounds = constant.dim() or in_front or not given.is_floating_point()
-    own = torch.tensor(number, dtype=torch.float64).to(given.dtype).item() if rounds else number
+    own = _rounded(number, given.dtype) if rounds else number
     if inverse:
-        user.target, user.args = torch.ops.aten.reciprocal.default, (x,)
-    elif math.isfinite(own):
+        if given.device.type == "cpu" or given.dtype.itemsize > 2:  # on a GPU autocast widens a reciprocal
+            user.target, user.args = torch.ops.aten.reciprocal.default, (x,)
+    elif own is not None:
         user.args = (x, own)
+
+
+def _rounded(number: float, dtype: torch.dtype) -> float | None:
+    """A number as a tensor of a dtype holds it, None where that is no finite one."""
+    if dtype.is_complex:
+        return None
+    held = torch.tensor(number, dtype=torch.float64 if isinstance(number, float) else None).to(dtype).item()
+    return held if math.isfinite(held) else None
 
 
 def _number(program: Program, node: Node) -> float | None:
@@ -74,8 +83,7 @@ def _number(program: Program, node: Node) -> float | None:
             return None
         filled: Any = 1.0 if place is None else (*node.args, *(None,) * 3)[place]
         is_number = type(filled) in (int, float) and (value.device.type == "cpu" or value.dim() > 0)
-        number = torch.tensor(filled, dtype=torch.float64).to(value.dtype).item() if is_number else math.nan
-        return number if math.isfinite(number) else None
+        return _rounded(filled, value.dtype) if is_number else None
     kept: Any = node.args[0]
     value = attrgetter(kept.target)(program.graph_module) if kept.op == "get_attr" else None
     if not isinstance(value, torch.Tensor) or isinstance(value, FakeTensor) or value.dim() > 0:

@@ -8,10 +8,12 @@ region does not run on them they are 0. Sizes that vary get primes, and so does 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import product
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
@@ -34,6 +36,7 @@ MIXED = (0.3, 1.0, 3.0, 10.0, 30.0)
 LARGE = ((30.0,), MIXED) * 16
 OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
+MOST_TIED = 6  # sizes for which combinations of primes are tried
 # What whole inputs stay 0, in the order in which it is tried: none, numbers, masks as well.
 _NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _ZEROS: tuple[tuple[torch.dtype, ...], ...] = ((), _NUMBERS, (*_NUMBERS, torch.bool))
@@ -100,17 +103,18 @@ class Judge:
                     try:
                         values = run(region, theirs, fewer)
                         expected = shown(values, theirs)
-                        got = [*candidate(ours), *(ours[s] for s in states)]
-                    except ShapeError as error:  # the operator's own word on what it does not take
-                        raise Refused(outputs[0], str(error)) from error
                     except (Refused, *_FAILURES):  # an index out of range, say
                         if zeros is _ZEROS[-1]:
                             raise
                         continue
-                    if all(
-                        bool(torch.isfinite(e).all()) for e in expected
-                    ):  # no row that is masked as a whole
-                        break
+                    if all(bool(torch.isfinite(e).all()) for e in expected):
+                        break  # no row is masked as a whole
+                try:
+                    got = [*candidate(ours), *(ours[s] for s in states)]
+                except ShapeError as error:  # the operator's own word on what it does not take
+                    raise Refused(outputs[0], str(error)) from error
+                except (RuntimeError, IndexError):  # where the region runs
+                    return False
                 if not _all_close(expected, got):
                     return False
                 for each in list(unseen):
@@ -186,7 +190,7 @@ def _drawn(
     fewer: Fewer,
     zeros: Sequence[torch.dtype],
 ) -> Values:
-    sizes: dict[Any, int] = {}
+    sizes = _sizes(region, primes)
     generator = torch.Generator().manual_seed(seed)
     values: Values = {}
     for node in read_by(region):
@@ -231,6 +235,27 @@ def _constant(node: Node) -> Tensor | None:
     if not isinstance(value, Tensor) or isinstance(value, FakeTensor):
         return None
     return value.to("cpu", torch.float64 if value.is_floating_point() else value.dtype, copy=True)
+
+
+def _sizes(region: Sequence[Node], primes: Sequence[int]) -> dict[Any, int]:
+    """Primes for the sizes that vary, different ones unless the graph says that products are equal."""
+    sizes: dict[Any, int] = {}
+    values = [node.meta.get("val") for node in read_by(region)]
+    numbers: list[Any] = [n for v in values for n in (v.shape if isinstance(v, Tensor) else [v])]
+    numbers = [n for n in numbers if isinstance(n, torch.SymInt)]
+    for number in numbers:
+        _concrete(number, sizes, primes)
+    found = [guard.expr for guard in numbers[0].node.shape_env.guards] if numbers else []
+    equal = [e for e in found if isinstance(e, sympy.Eq) and e.free_symbols and e.free_symbols <= set(sizes)]
+    tied = sorted(set[Any]().union(*(each.free_symbols for each in equal)), key=str)
+    if all(each.subs(sizes) for each in equal) or len(tied) > MOST_TIED:
+        return sizes
+    tries = product(primes[: max(2, len(tied) // 2)], repeat=len(tied))
+    fitting = [dict(zip(tied, each, strict=True)) for each in tries]
+    fitting = [each for each in fitting if all(equation.subs({**sizes, **each}) for equation in equal)]
+    most = max((len(set(each.values())) for each in fitting), default=0)
+    best = [each for each in fitting if len(set(each.values())) == most]
+    return {**sizes, **best[len(best) // 2]} if best else sizes  # the first has the two products alike
 
 
 def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:

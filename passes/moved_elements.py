@@ -118,12 +118,22 @@ def _repeated(program: Program, node: Node) -> Any:
     return torch.ops.aten.expand.default, (source, [-1 if n == 1 else n for n in counts])  # type: ignore[union-attr]
 
 
+def _unfolded(program: Program, node: Node) -> Any:
+    """Windows side by side along the last dimension, which they fill."""
+    source, dim, size, step = node.args
+    shape = source.meta["val"].shape  # type: ignore[union-attr]
+    if dim not in (-1, len(shape) - 1) or size != step or type(shape[-1]) is not int or shape[-1] % size:  # type: ignore[operator]
+        return None
+    return torch.ops.aten.unflatten.int, (source, -1, [shape[-1] // size, size])  # type: ignore[operator]
+
+
 _VIEWS = {
     ops.INDEX_SELECT: _selected,
     ops.INDEX: _indexed,
     ops.STACK: _stacked,
     ops.REPEAT: _repeated,
     ops.TILE: _repeated,
+    ops.UNFOLD: _unfolded,
 }
 
 

@@ -20,6 +20,7 @@ from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, is_contiguo
 from fxfuse.patterns import ops
 
 _aten = torch.ops.aten
+_DOTS = "ABCDEFGH"  # letters for the dimensions that an ellipsis stands for
 
 
 @dataclass(frozen=True)
@@ -71,8 +72,10 @@ def _einsum(node: Node) -> _Reading | None:
     operands: Any = node.args[1]
     pairs = zip(parsed[0], operands, strict=True)
     dots = [n.meta["val"].dim() - len(name.replace("...", "")) for name, n in pairs]
+    if max(dots) > len(_DOTS):
+        return None
     counted = zip((*parsed[0], parsed[1]), (*dots, max(dots)), strict=True)
-    a, b, result = (name.replace("...", "ABCDEFGH"[8 - count :]) for name, count in counted)
+    a, b, result = (name.replace("...", _DOTS[len(_DOTS) - count :]) for name, count in counted)
     if any(len(set(name)) != len(name) for name in (a, b, result)):
         return None
     summed = (set(a) | set(b)) - set(result)
@@ -161,7 +164,7 @@ def _unsigned(x: Any) -> Node | None:
 
 
 def _signs_of_product(node: Node) -> _Reading | None:
-    """−(−a · b) = a · b, and so for quotients: exactly, since a sign rounds nothing."""
+    """−(−a · b) = a · b, and so for quotients: exactly, since a sign rounds nothing. Of bytes it does."""
     product = node.args[0]
     if not isinstance(product, Node) or str(product.target) not in (ops.MUL, ops.DIV):
         return None
@@ -169,7 +172,9 @@ def _signs_of_product(node: Node) -> _Reading | None:
         return None
     for i, signed in enumerate(product.args):
         x = _unsigned(signed)
-        if x is not None and equal_sizes(x.meta["val"].stride(), signed.meta["val"].stride()):  # type: ignore[union-attr]
+        if x is None or not x.meta["val"].is_floating_point():
+            continue
+        if equal_sizes(x.meta["val"].stride(), signed.meta["val"].stride()):  # type: ignore[union-attr]
             factors = (x, product.args[1]) if i == 0 else (product.args[0], x)
             operands = tuple(n for n in factors if isinstance(n, Node))
             return _Reading((product, signed), operands, lambda new, to=factors: (product.target, to))  # type: ignore[arg-type, misc]

@@ -12,6 +12,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import ops
+from fxfuse.patterns.readings import PADDINGS
 
 
 def storage_of(node: Node) -> int | None:
@@ -191,10 +192,23 @@ def _keeps_order(node: Node) -> bool:
     name = str(node.target).rpartition(".")[0]
     if not isinstance(node.target, OpOverload) or node.target.namespace != "aten":
         return False
+    if str(node.target) in PADDINGS:
+        given: Any = node.args[1]
+        added = [n.meta["val"] if isinstance(n, Node) else n for n in given]
+        if not any(statically_known_true(n > 0) for n in added):
+            return True  # a copy of a part
+    if name == "aten.scaled_dot_product_attention":
+        return not all(map(_is_joined, node.users))
     if name in ops.CHANNELS_MAY_LIE_LAST:
         value = node.meta.get("val")
         return isinstance(value, torch.Tensor) and value.dim() > 3 and not is_contiguous(value)
     return name not in ops.LAID_OUT_ANEW
+
+
+def _is_joined(turned: Node) -> bool:
+    """Whether all that reads attention's [B, T, H, D] lies row by row, whatever order attention has kept."""
+    rows = {ops.CONTIGUOUS, ops.FLATTEN, *ops.RESHAPES}
+    return str(turned.target) == "aten.transpose.int" and all(str(n.target) in rows for n in turned.users)
 
 
 def _reads_strides(node: Node) -> bool:

@@ -96,8 +96,14 @@ def _scattered(program: Program, writes: StorageWrites) -> bool:
 
 
 def _of_one(places: Any) -> Any:
-    """The positions [T] that are repeated along other dimensions."""
+    """The positions [T] that are repeated along other dimensions, all of them."""
     while isinstance(places, Node) and places.meta["val"].dim() > 1 and str(places.target) in BROADCASTS:
-        places = places.args[0]
+        own, source = places, places.args[0]
+        if str(own.target) == "aten.slice.Tensor" and not equal_sizes(
+            own.meta["val"].shape,
+            source.meta["val"].shape,  # type: ignore[union-attr]
+        ):
+            return None
+        places = source
     value = value_of(places)
     return places if value is not None and value.dim() == 1 else None

@@ -82,6 +82,7 @@ REPEAT = "aten.repeat.default"
 TILE = "aten.tile.default"
 REPEAT_INTERLEAVE = "aten.repeat_interleave.self_int"
 STACK = "aten.stack.default"
+UNFOLD = "aten.unfold.default"
 
 # May hand back their input unchanged: a call that does so is folded away.
 MAYBE_IDENTITY = frozenset(
@@ -140,8 +141,8 @@ VIEWS = frozenset(
 LAID_OUT_ANEW = frozenset(
     f"aten.{name}"
     for name in (
-        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "einsum", "_grouped_mm"),
-        *("conv1d", "scaled_dot_product_attention", "embedding", "layer_norm", "linalg_vecdot"),
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "mv", "dot", "_grouped_mm"),
+        *("conv1d", "embedding", "layer_norm", "linalg_vecdot"),
         *("sum", "mean", "prod", "var", "std", "amax", "amin", "argmax", "argmin", "any", "all"),
         *("norm", "linalg_vector_norm", "logsumexp", "softmax", "_softmax", "log_softmax"),
         *("cumsum", "cumprod", "logcumsumexp", "tril", "triu", "topk", "gather", "index_select"),

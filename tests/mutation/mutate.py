@@ -174,6 +174,7 @@ FAULTS = (
     Fault("passes/causal_conv1d.py", "new, reordered=True)", "new)", STRANGERS + " -k leaves_the_graph"),
     Fault("passes/regions.py", "(reordered or order != sorted(order))", "reordered and False", PASSES + "test_output_layout.py"),
     Fault("passes/regions.py", "not restored or dense_order(value) is None", "not restored", PASSES + "test_output_layout.py"),
+    Fault("passes/judge.py", "if best else sizes", "if False else sizes", PASSES + "test_judge.py"),
     Fault("passes/rejoined_parts.py", "or features != tuple(range(width))", "", PASSES + "test_rejoined_parts.py"),
     Fault("passes/idle_calls.py", "if gradients:", "if False:", NORMAL),
     Fault("passes/one_row_linears.py", "if why is not None:", "if False:", SPEED),

@@ -249,6 +249,8 @@ def test_masks_and_indices_that_are_dropped_show(name: str, values: int) -> None
 
     assert equal(function)
     only_row = values == 1 and "rows" in name
+    fails_on_one = equal(lambda x, whole: function(x, whole) + torch.zeros(1)[whole.long().amax()])
+    assert fails_on_one == only_row
     assert equal(dropped) == only_row
 
 
@@ -310,3 +312,23 @@ def test_the_reason_names_the_operator() -> None:
     assert any(
         "clamp" in miss.reason and "acts on values that no trial has" in miss.reason for miss in report.misses
     )
+
+
+@pytest.mark.parametrize("gate", [F.silu, torch.tanh, lambda z: F.silu(z).flip(0)])
+def test_sizes_whose_products_are_equal_are_drawn_so(gate: Callable[[Tensor], Tensor]) -> None:
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(16) + 1)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            x, z = (t.reshape(-1, 16) for t in (x, z))
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight * gate(z)
+
+    module = Flat()
+    with torch.no_grad():
+        found = rewrite(module, torch.randn(2, 2, 3, 2, 16).unbind(), target="cuda", dynamic=True)
+        assert ("gated_rms_norm" in rules(found)) == (gate is F.silu)
+        for sizes, others in (((2, 3), (2, 3)), ((4, 7), (7, 4)), ((6, 2), (3, 4))):
+            given = torch.randn(*sizes, 2, 16), torch.randn(*others, 2, 16)
+            torch.testing.assert_close(found.graph_module(*given), module(*given))

@@ -44,6 +44,11 @@ def signed_before_a_write(x: Tensor, r: Tensor) -> Tensor:
     return -(signed * 3) + x
 
 
+def _turned_glu(x: Tensor) -> Tensor:
+    """[1, 2, 4, 3], row by row: of a and b themselves, neither is."""
+    return F.glu(torch.cat([x.mT, x.mT * 0], -1))[None] * 2
+
+
 PLAIN: dict[str, tuple[Compute, str, str]] = {
     "rows": (lambda x, r: torch.einsum("...d,...->...d", x, r) + 1, "aten.einsum", "aten.mul"),
     "the smaller first": (lambda x, r: torch.einsum("bt,btd->btd", r, x) + 1, "aten.einsum", "aten.mul"),
@@ -83,6 +88,27 @@ OTHERS: dict[str, tuple[Compute, str]] = {
     "more rows than x": (lambda x, r: x[:1] + torch.full((2, 3, 4), 2.0), "aten.full"),
     "a wider dtype": (lambda x, r: x.half() + torch.full_like(x, 0.1), "aten.full"),
     "a sum of three": (lambda x, r: torch.stack([x, x * 2, x * 3]).sum(0) + 1, "aten.stack"),
+    "more dimensions than letters": (
+        lambda x, r: torch.einsum("...ab,...cb->...ac", *[x.view(*[1] * 8, 2, 3, 4)] * 2) + 1,
+        "aten.einsum",
+    ),
+    "signs of bytes": (lambda x, r: -(-x.byte() / (r[..., None] + 9)), "aten.neg"),
+    "signs of bytes that grow": (lambda x, r: -(-x.byte() * r[..., None].int()), "aten.neg"),
+    "a number for bytes only": (lambda x, r: x.byte() + torch.full_like(x.byte(), 7).cos(), "aten.full"),
+    "complex ones": (lambda x, r: torch.view_as_real(x * torch.full((4,), 1j)), "aten.full"),
+    "complex ones, counted": (
+        lambda x, r: torch.view_as_real(torch.complex(x, x) * torch.ones(4, dtype=torch.complex64)),
+        "aten.ones",
+    ),
+    "an order that attention keeps": (
+        lambda x, r: F.scaled_dot_product_attention(_turned_glu(x), *[x.mT[None]] * 2).round(),
+        "aten.glu",
+    ),
+    "an order that a product keeps": (
+        lambda x, r: torch.einsum("cbdt,d,t->cbdt", _turned_glu(x), x[0, 0], r[0]),
+        "aten.glu",
+    ),
+    "an order that a cut keeps": (lambda x, r: F.pad(_turned_glu(x)[0], (-1, 0)), "aten.glu"),
 }
 
 
@@ -93,6 +119,12 @@ def test_sums_and_products_have_one_spelling(rewrite_equal: Any, name: str, dtyp
     calls = normal(rewrite_equal, compute, X.to(dtype), R.to(dtype))
     assert not [call for call in calls if call.startswith(gone)]
     assert [call for call in calls if call.startswith(there)]
+
+
+@pytest.mark.parametrize("number", [2**60 + 1, 2**63 - 1])
+def test_large_whole_numbers_are_themselves(rewrite_equal: Any, number: int) -> None:
+    calls = normal(rewrite_equal, lambda x: x - torch.full_like(x, number), torch.tensor([1, 2]))
+    assert calls == ["aten.sub.Tensor"]
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -115,7 +147,12 @@ def test_positions_that_are_repeated_are_an_index_copy(dim: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "places", [lambda p, y: p[:, None, None].expand(-1, 3, 4), lambda p, y: p.view(1, -1, 1).repeat(2, 1, 4)]
+    "places",
+    [
+        lambda p, y: p[:, None, None].expand(-1, 3, 4),
+        lambda p, y: p.view(1, -1, 1).repeat(2, 1, 4),
+        lambda p, y: p.view(1, -1, 1)[:, 1:2].expand(3, 3, 4),
+    ],
 )
 def test_positions_along_another_dimension_are_scattered(places: Callable[..., Tensor]) -> None:
     def compute(cache: Tensor, p: Tensor, y: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ WHOLE: dict[str, Cut] = {
     "slices": lambda y: torch.stack([y[..., i : i + 4] for i in range(0, 12, 4)], 2),
     "cat": lambda y: torch.cat([part.unsqueeze(2) for part in y.split(4, 2)], 2),
     "unbind": lambda y: torch.stack(y.unflatten(-1, (3, 4)).unbind(2), 2),
+    "unfold": lambda y: y.unfold(-1, 4, 4),
     "uneven": lambda y: torch.cat(y.split([5, 4, 3], -1), -1).unflatten(-1, (3, 4)),
 }
 
@@ -36,6 +37,9 @@ OTHERS: dict[str, Cut] = {
     "overlapping": lambda y: torch.stack([y[..., i : i + 4] for i in (0, 3, 8)], 2),
     "written": lambda y: (lambda parts: (y.mul_(2), parts)[1])(torch.stack(y.split(4, -1), 2)),
     "write to it": _written_in_part,
+    "windows that overlap": lambda y: y.unfold(-1, 4, 2),
+    "windows that leave some out": lambda y: y.unfold(-1, 5, 5),
+    "windows of positions": lambda y: y[:, :4].unfold(1, 2, 2),
     "one is changed": lambda y: torch.stack([p * (i + 1) for i, p in enumerate(y.split(4, -1))], 2),
 }
 
@@ -62,10 +66,12 @@ def _rewritten(cut: Cut, dynamic: bool) -> list[str]:
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("cut", WHOLE.values(), ids=WHOLE.keys())
 def test_parts_in_the_order_of_the_whole_are_a_view_of_it(cut: Cut, dynamic: bool) -> None:
-    assert not {"aten.stack.default", "aten.cat.default"} & set(_rewritten(cut, dynamic))
+    assert not {"aten.stack.default", "aten.cat.default", "aten.unfold.default"} & set(
+        _rewritten(cut, dynamic)
+    )
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("cut", OTHERS.values(), ids=OTHERS.keys())
 def test_parts_in_another_order_or_written_later_are_copied(cut: Cut, dynamic: bool) -> None:
-    assert {"aten.stack.default", "aten.cat.default"} & set(_rewritten(cut, dynamic))
+    assert {"aten.stack.default", "aten.cat.default", "aten.unfold.default"} & set(_rewritten(cut, dynamic))

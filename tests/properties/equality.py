@@ -92,7 +92,8 @@ def _further(expected: Tensor, got: Tensor, truth: Tensor, moved: Sequence[Tenso
     lost = own > LOST * scale
     if bool((torch.minimum(ours, apart)[lost] > TOLERANCE * scale).any()):
         return "numbers that the original loses are neither its own nor the true ones"
-    allowed = max(_rms(each[~lost]) for each in (own, *(_distance(x.double(), t) for x in moved)))
+    by_roundings = (own, *(_distance(x.double(), t) for x in moved))
+    allowed = max(_rms(each[~lost & each.isfinite()]) for each in by_roundings)
     if not _rms(ours[~lost]) <= SLACK * allowed:
         return f"RMS error {_rms(ours[~lost]):.3g} where roundings make {allowed:.3g}"
     return None

@@ -49,6 +49,16 @@ def test_a_fault_larger_than_the_roundings_is_found() -> None:
     assert difference(cancelled, lambda x: cancelled(x) * 1.002, [X], exact=False) is not None
 
 
+def test_an_end_of_what_is_defined_does_not_allow_everything() -> None:
+    """Off in its last place, the last number has no root."""
+
+    def edge(x: Tensor) -> Tensor:
+        return torch.sqrt(1 - (x / 4) ** 2)
+
+    assert difference(edge, lambda x: torch.sqrt((1 - x / 4) * (1 + x / 4)), [X], exact=False) is None
+    assert difference(edge, lambda x: edge(x) + 0.1 * x, [X], exact=False) is not None
+
+
 def softplus_by_hand(x: Tensor) -> Tensor:
     """Infinite below -88, where exp(-x) is: the truth is next to 0."""
     return x + torch.log1p(torch.exp(-x))
