@@ -3,7 +3,7 @@
 Before: y = conv1d(x, w, b, groups=C)                x: [N, C, T], w: [C, 1, K]
 After:  y = Σ_k w[:, k] · x[:, :, k : T - K + 1 + k] + b, summed in fp32, in x's dtype again
 
-Where all that reads y turns it into [N, T, C], perhaps behind an activation, both are computed over these axes.
+Where all that reads y turns it into [N, T, C], behind an activation or not, it is computed over these axes.
 """
 
 import sys
