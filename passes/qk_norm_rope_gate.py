@@ -82,7 +82,7 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     if not region:
         raise Refused(found.query, "its query and key are computed from no projection")
     dtype = found.query.meta["val"].dtype
-    reason = guards.reason(region, found.results, {dtype, torch.float32}, found.caches)
+    reason = guards.reason(region, found.results, {dtype, torch.float32}, found.caches, restored=True)
     if reason is not None:
         raise Refused(*reason)
     last = guards.position[region[-1]]
@@ -187,10 +187,9 @@ def _replace(
             if dims_of(reading.gate.node) == 3:
                 gate = call(program, reading.gate.node, aten.flatten.using_ints, gate, 2, 3)
             reading.gate.node.replace_all_uses_with(gate)
+        for result, new in zip(found.results, [out, *caches], strict=False):
+            guards.put_in_place(program, result, new)
     program.graph.erase_node(anchor)
-    found.query.replace_all_uses_with(out)
-    for result, cache in zip(found.results[1:], caches, strict=False):
-        result.replace_all_uses_with(cache)
     erase(program, region)
     if reading.gate is not None:
         erase(program, [reading.gate.node])
