@@ -30,10 +30,12 @@ from fxfuse.patterns import ops
 MOST_ELEMENTS = 2**26
 MAGNITUDES = ((1.0,), (1e-3,))
 # Beyond the threshold of softplus; its exponentials are finite in float64. A single value is beyond it in a
-# quarter of the trials. In every other one each input has a magnitude of its own: a large factor hides what
-# another one does. As many are made as it takes, up to a bound.
+# quarter of the trials. A large factor hides what another one does: in every other trial one input in turn is
+# large and the others are small, in others each has a magnitude of its own. As many are made as it takes, up
+# to a bound.
 MIXED = (0.3, 1.0, 3.0, 10.0, 30.0)
-LARGE = ((30.0,), MIXED) * 16
+ONE_LARGE = (0.1, 30.0)
+LARGE = ((30.0,), ONE_LARGE, MIXED, ONE_LARGE) * 8
 OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
 MOST_TIED = 6  # sizes for which combinations of primes are tried
@@ -192,6 +194,8 @@ def _drawn(
 ) -> Values:
     sizes = _sizes(region, primes)
     generator = torch.Generator().manual_seed(seed)
+    drawn_nodes = [node for node in read_by(region) if _is_floating(node.meta.get("val"))]
+    alone = drawn_nodes[seed // 2 % len(drawn_nodes)] if magnitudes is ONE_LARGE and drawn_nodes else None
     values: Values = {}
     for node in read_by(region):
         value = node.meta.get("val")
@@ -211,7 +215,7 @@ def _drawn(
             raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
         if drawn is None and value.is_floating_point():
             drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
-            drawn *= _one_of(magnitudes, generator)
+            drawn *= magnitudes[node is alone] if alone is not None else _one_of(magnitudes, generator)
         elif drawn is None:
             drawn = torch.zeros(shape, dtype=value.dtype)
             if value.dtype not in zeros:
@@ -219,6 +223,10 @@ def _drawn(
                 drawn += torch.randint(2, shape, generator=bits).to(value.dtype) ^ bool(seed % 2)
         values[node] = drawn
     return values
+
+
+def _is_floating(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _one_of(magnitudes: Sequence[float], generator: torch.Generator) -> float:

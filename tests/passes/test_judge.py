@@ -204,6 +204,21 @@ def test_a_limit_that_acts_and_does_not_show_is_tried_until_it_shows(
     assert Judge().equal(region, region[-1:], with_it, "with the limit")
 
 
+@pytest.mark.parametrize("bound", [5.0, 20.0])
+@pytest.mark.parametrize("values", [1, 2, 3, 4, 8])
+def test_a_limit_that_a_large_factor_hides_is_tried_beside_a_small_one(values: int, bound: float) -> None:
+    graph = make_fx(lambda x, y, z: (x.clamp(-bound, bound) * y).sigmoid() + z)(*torch.ones(3, values)).graph
+    x, y, z = graph.find_nodes(op="placeholder")
+    for node in graph.nodes:
+        node.meta["val"] = torch.empty(values)
+    region = [node for node in graph.nodes if node.op == "call_function"]
+
+    def without(given: Any) -> list[Tensor]:
+        return [(given[x] * given[y]).sigmoid() + given[z]]
+
+    assert not Judge().equal(region, region[-1:], without, "without the limit")
+
+
 # On no list: each is a polynomial of small values, and another function of large ones.
 UNLISTED: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = {
     "hardswish": (lambda x: F.hardswish(x), lambda x: x * (x + 3) / 6),
