@@ -113,10 +113,8 @@ def _exp_of_logarithm(x: Any) -> tuple[float, Items] | None:
 _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
     "aten.mul.Tensor": lambda a, b: _operands((a, 1.0), (b, 1.0)),
     "aten.mul.Scalar": lambda a, b: _operands((a, 1.0), (b, 1.0)),
-    "aten.multiply.Tensor": lambda a, b: _operands((a, 1.0), (b, 1.0)),
     "aten.div.Tensor": lambda a, b: _operands((a, 1.0), (b, -1.0)),
     "aten.div.Scalar": lambda a, b: _operands((a, 1.0), (b, -1.0)),
-    "aten.true_divide.Tensor": lambda a, b: _operands((a, 1.0), (b, -1.0)),
     "aten.neg.default": lambda a: (-1.0, [(a, 1.0)]),
     "aten.square.default": lambda a: (1.0, [(a, 2.0)]),
     "aten.sqrt.default": lambda a: (1.0, [(a, 0.5)]),
