@@ -21,11 +21,12 @@ from fxfuse.passes.pipeline import Passes
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
-from fxfuse.runtime import live_weights, ops
+from fxfuse.runtime import ops
 from fxfuse.runtime.capture import ObeyedAutocast, Unrecorded, check_recorded
 from fxfuse.runtime.graph_attributes import as_attribute, hold
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.pictures import pictures
+from fxfuse.runtime.refusals import refusals
 from fxfuse.runtime.report import GraphRecord, Report
 
 assert ops  # imported for the operators it registers: passes write calls of them
@@ -141,7 +142,7 @@ def traced(
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     parameters = dict(graph_module.named_parameters())
     tied = {name: f"it is also {alias}" for alias, name in _tied(graph_module).items()}
-    refused = live_weights.refusals(parameters) | tied
+    refused = refusals(parameters) | tied
     weights = {
         node.name: Weight(name, parameters[name].requires_grad, refused.get(name))
         for node, name in zip(placeholders, tensors, strict=False)
