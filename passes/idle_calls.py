@@ -60,10 +60,7 @@ def fold_idle_calls(program: Program) -> None:
         node.replace_all_uses_with(source)
         program.graph.erase_node(node)
         stale.discard(node)
-    for node in stale:
-        node.meta.pop("val", None)
-    if stale:
-        program.refresh()
+    program.refresh(stale)
 
 
 def _views_to_reshapes(program: Program, writes: StorageWrites) -> None:
@@ -141,7 +138,7 @@ def writes_to_values(program: Program) -> None:
     sharing: dict[int | None, list[Node]] = {}
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
-    changed = False
+    changed: list[Node] = []
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
     backward = Backward(program)
     for storage, nodes in sharing.items():
@@ -160,18 +157,16 @@ def writes_to_values(program: Program) -> None:
             for user in list(node.users):
                 latest = [n for n in written if position[n] < position[user]][-1]
                 user.replace_input_with(node, latest)
-        for node in nodes[1:]:
-            node.meta.pop("val", None)
+        changed += nodes[1:]
         if not backward.stops_at(nodes[0]):
             _drop_copy(program, writes, nodes[0])
-        changed = True
-    if changed:
-        program.refresh()
+    program.refresh(changed)
 
 
 def results_to_values(program: Program) -> None:
     """silu_(x[:2]) -> silu(x[:2]) where nobody reads x afterwards, and add(x, y, out=empty) -> add(x, y)."""
-    fixed, shown, changed = layout_matters(program.graph), layout_shows(program.graph), False
+    fixed, shown = layout_matters(program.graph), layout_shows(program.graph)
+    changed: list[Node] = []
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
     backward = Backward(program)
@@ -201,11 +196,8 @@ def results_to_values(program: Program) -> None:
         if value is not None:
             write.target, write.args = value
             write.kwargs = {key: value for key, value in write.kwargs.items() if key != "out"}
-            for node in nodes[nodes.index(write) :]:
-                node.meta.pop("val", None)
-            changed = True
-    if changed:
-        program.refresh()
+            changed += nodes[nodes.index(write) :]
+    program.refresh(changed)
 
 
 Known = dict[Node, Any]

@@ -255,6 +255,14 @@ def test_a_copy_that_nobody_writes_is_none(rewrite_equal: Any) -> None:
     assert normal(rewrite_equal, lambda x: torch.empty_like(x).copy_(x) + 1) == ["aten.add.Tensor"]
 
 
+def test_results_in_memory_made_for_them_may_follow_from_each_other(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        doubled = torch.add(x, x, out=torch.empty_like(x))
+        return torch.mul(doubled, x, out=torch.empty_like(x)) + 1
+
+    assert normal(rewrite_equal, compute) == ["aten.add.Tensor", "aten.mul.Tensor", "aten.add.Tensor"]
+
+
 def test_what_is_stored_has_the_dtype_and_the_device_of_its_memory(rewrite_equal: Any) -> None:
     names = normal(rewrite_equal, lambda x: torch.empty_like(x, dtype=torch.int32).copy_(x / 2) + 1)
     assert names == ["aten.div.Tensor", "aten.to.dtype", "aten.add.Tensor"]
