@@ -22,7 +22,7 @@ from fxfuse.passes.storage_writes import (
     storage_of,
     written_by,
 )
-from fxfuse.patterns.matcher import is_cast
+from fxfuse.patterns.terms import is_cast
 
 
 def writers_of(graph: Graph) -> dict[int | None, list[Node]]:
