@@ -42,8 +42,7 @@ def fold_idle_calls(program: Program) -> None:
     _views_to_reshapes(program, writes)
     shown = layout_shows(program.graph)
     stale, viewed = set[Node](), _behind_views(program)
-    (output,), gradients = program.graph.find_nodes(op="output"), program.needs_gradients
-    backward = Backward(program)
+    (output,), backward = program.graph.find_nodes(op="output"), Backward(program)
     for node in program.calls(*ops.ARITHMETIC, *_OTHERS):
         source = _handed_on(node)
         if source is None or not _same_elements(node, source) or backward.stops_at(node):
@@ -55,18 +54,13 @@ def fold_idle_calls(program: Program) -> None:
         if writes.is_written(node) or (twice and (writes.is_written(read) or backward.stops_at(read))):
             continue
         later = writes.version(source, read) != writes.version(source, output)
-        if gradients:  # a backward may read the copy when later calls have written its source
-            later = writes.is_written(source)
-        if later or anew or storage_of(node) in fixed:
+        if later or backward.misses_copy(source, writes) or anew or storage_of(node) in fixed:
             continue
         stale |= set(node.users)
         node.replace_all_uses_with(source)
         program.graph.erase_node(node)
         stale.discard(node)
-    for node in stale:
-        node.meta.pop("val", None)
-    if stale:
-        program.refresh()
+    program.refresh(stale)
 
 
 def _views_to_reshapes(program: Program, writes: StorageWrites) -> None:
@@ -144,7 +138,7 @@ def writes_to_values(program: Program) -> None:
     sharing: dict[int | None, list[Node]] = {}
     for node in program.graph.nodes:
         sharing.setdefault(storage_of(node), []).append(node)
-    changed = False
+    changed: list[Node] = []
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
     backward = Backward(program)
     for storage, nodes in sharing.items():
@@ -157,24 +151,22 @@ def writes_to_values(program: Program) -> None:
         written = nodes[: len(values) + 1]
         if backward.parts(*written):
             continue
+        for node, value in zip(written[1:], values, strict=True):
+            node.target, node.args = value
         for node in written:
             for user in list(node.users):
                 latest = [n for n in written if position[n] < position[user]][-1]
                 user.replace_input_with(node, latest)
-        for node, target in zip(written[1:], values, strict=True):
-            node.target = target
-        for node in nodes[1:]:
-            node.meta.pop("val", None)
+        changed += nodes[1:]
         if not backward.stops_at(nodes[0]):
             _drop_copy(program, writes, nodes[0])
-        changed = True
-    if changed:
-        program.refresh()
+    program.refresh(changed)
 
 
 def results_to_values(program: Program) -> None:
     """silu_(x[:2]) -> silu(x[:2]) where nobody reads x afterwards, and add(x, y, out=empty) -> add(x, y)."""
-    fixed, shown, changed = layout_matters(program.graph), layout_shows(program.graph), False
+    fixed, shown = layout_matters(program.graph), layout_shows(program.graph)
+    changed: list[Node] = []
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     known, mode = _known(program), modes(program.graph, program.grad_enabled)
     backward = Backward(program)
@@ -199,19 +191,18 @@ def results_to_values(program: Program) -> None:
         if any(not isinstance(user.meta.get("val"), Tensor) for node in before for user in node.users):
             continue
         fits = _Fits(program, known, storage in shown)
-        target = _without_out(write, fits) if "out" in write.kwargs else None
-        target = target or _as_value(write, fits)
-        if target is not None:
-            write.target = target
+        value = _without_out(write, fits) if "out" in write.kwargs else None
+        value = value or _as_value(write, fits)
+        if value is not None:
+            write.target, write.args = value
             write.kwargs = {key: value for key, value in write.kwargs.items() if key != "out"}
-            for node in nodes[nodes.index(write) :]:
-                node.meta.pop("val", None)
-            changed = True
-    if changed:
-        program.refresh()
+            changed += nodes[nodes.index(write) :]
+    program.refresh(changed)
 
 
 Known = dict[Node, Any]
+# What a call becomes: its target and arguments.
+_Value = tuple[Any, tuple[Any, ...]]
 
 
 def _known(program: Program) -> Known:
@@ -230,16 +221,17 @@ class _Fits:
     known: Known
     layout_shows: bool = False
 
-    def __call__(self, node: Node, function: Any) -> bool:
+    def __call__(self, node: Node, value: _Value) -> bool:
+        function, args = value
         kwargs = {key: value for key, value in node.kwargs.items() if key != "out"}
-        given, options = map_arg((node.args, kwargs), self.known.__getitem__)
+        given, options = map_arg((args, kwargs), self.known.__getitem__)
         with self.program.fake_mode or nullcontext(), enable_python_dispatcher(), torch.no_grad():
             try:
                 made = function(*given, **options)
             except (RuntimeError, TypeError):
                 return False
         own = self.known[node]
-        if made.dtype != own.dtype or not equal_sizes(made.shape, own.shape):
+        if (made.dtype, made.device) != (own.dtype, own.device) or not equal_sizes(made.shape, own.shape):
             return False
         return not self.layout_shows or equal_sizes(made.stride(), own.stride())
 
@@ -247,8 +239,8 @@ class _Fits:
 _MADE_TO_BE_WRITTEN = ("aten.empty", "aten.new_empty", "aten.zeros", "aten.new_zeros")
 
 
-def _without_out(node: Node, fits: _Fits) -> Any:
-    """The overload that returns what this one writes to memory made for it, all of one dtype."""
+def _without_out(node: Node, fits: _Fits) -> _Value | None:
+    """The call that returns what this one writes to memory made for it, all of one dtype."""
     out, target = node.kwargs["out"], node.target
     is_aten = isinstance(target, torch._ops.OpOverload) and target.namespace == "aten"
     if not is_aten or not isinstance(out, Node) or written_by(node) != [out]:
@@ -262,8 +254,9 @@ def _without_out(node: Node, fits: _Fits) -> Any:
     packet = getattr(torch.ops.aten, target._schema.name.removeprefix("aten::"))  # type: ignore[union-attr]
     wanted = _types(target)[:-1]  # type: ignore[arg-type]
     overloads = [getattr(packet, each) for each in packet.overloads()]
-    value = next((overload for overload in overloads if _types(overload) == wanted), None)
-    return value if value is not None and fits(node, value) else None
+    overload = next((overload for overload in overloads if _types(overload) == wanted), None)
+    value = overload, node.args
+    return value if overload is not None and fits(node, value) else None
 
 
 def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
@@ -275,7 +268,7 @@ def _drop_copy(program: Program, writes: StorageWrites, root: Node) -> None:
         program.graph.erase_node(root)
 
 
-def _values_of_writes(nodes: list[Node], position: dict[Node, int], fits: _Fits) -> list[Any]:
+def _values_of_writes(nodes: list[Node], position: dict[Node, int], fits: _Fits) -> list[_Value]:
     """What the writes compute, for memory that one node makes and others then write as a whole.
 
     Views of it may follow the last write; nothing for any other memory.
@@ -294,11 +287,11 @@ def _values_of_writes(nodes: list[Node], position: dict[Node, int], fits: _Fits)
         if user not in writes and (is_list or any(n in nodes for n in written_by(user))):
             return []
     values = [_as_value(node, fits) for node in writes]
-    return [] if any(value is None for value in values) else values
+    return [value for value in values if value is not None] if all(values) else []
 
 
-def _as_value(node: Node, fits: _Fits) -> Any:
-    """The overload that returns what this one writes to its first argument, None where there is none."""
+def _as_value(node: Node, fits: _Fits) -> _Value | None:
+    """The call that returns what this one writes to its first argument, None where there is none."""
     if not isinstance(node.target, torch._ops.OpOverload) or node.target.namespace != "aten":
         return None
     name = node.target._schema.name.removeprefix("aten::")
@@ -309,8 +302,19 @@ def _as_value(node: Node, fits: _Fits) -> Any:
         return None
     if str(node.target) in ops.WRITES_OF_A_PART:
         return None  # the value would be a copy of the rest, of a whole cache say
-    functional = _overload_like(node.target, name[:-1])
-    return functional if functional is not None and fits(node, functional) else None
+    if str(node.target) == ops.COPY_:
+        value = _copied(node, fits)
+    else:
+        value = _overload_like(node.target, name[:-1]), node.args
+    return value if value[0] is not None and fits(node, value) else None
+
+
+def _copied(node: Node, fits: _Fits) -> _Value:
+    """What copy_(x, y) stores; not as copy(x, y), through which no gradient passes."""
+    source: Any = node.args[1]
+    dtype = fits.known[node].dtype
+    cast = fits.known[source].dtype != dtype
+    return (torch.ops.aten.to.dtype, (source, dtype)) if cast else (torch.ops.aten.clone.default, (source,))
 
 
 def _overload_like(target: torch._ops.OpOverload, name: str) -> Any:

@@ -41,6 +41,8 @@ def spell_moved_elements(program: Program) -> None:
             continue
         if any(writes.version(n, node) != writes.version(n, end) for n in node.all_input_nodes):
             continue
+        if any(backward.misses_copy(n, writes) for n in node.all_input_nodes):
+            continue
         if any(str(n.target) in ops.ARANGE and writes.is_written(n) for n in node.all_input_nodes):
             continue
         spelled = whole

@@ -268,6 +268,8 @@ def _one_reshape(program: Program) -> None:
         if alike and not writes.is_written(node):
             if writes.version(whole, source) != writes.version(whole, output):
                 continue
+            if backward.misses_copy(whole, writes):
+                continue
             node.args = (whole, *node.args[1:])
             node.meta.pop("val", None)
             changed = True

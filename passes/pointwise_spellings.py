@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxfuse.passes.backward import Backward
 from fxfuse.passes.linear_spellings import equation_of, value_of
 from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
@@ -46,11 +47,14 @@ def spell_pointwise(program: Program) -> None:
         return
     writes, shown = StorageWrites(program.graph), layout_shows(program.graph)
     mode, changed = modes(program.graph, program.grad_enabled), []
+    backward = Backward(program)
     for node, reading in found:
         calls, operands = (node, *reading.needless), reading.operands
         if any(writes.is_written(n) or mode[n] != mode[node] for n in calls) or switches_autocast(mode[node]):
             continue
         if any(writes.version(x, n) != writes.version(x, node) for x in operands for n in calls):
+            continue
+        if any(backward.misses_copy(x, writes) for x in operands):
             continue
         if storage_of(node) in shown and not all(is_contiguous(n.meta["val"]) for n in (node, *operands)):
             continue

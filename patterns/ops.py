@@ -69,6 +69,7 @@ FILLED = {
 CONSTANT_COPY = "aten.lift_fresh_copy.default"
 DETACH_ = "aten.detach_.default"
 CLONE = "aten.clone.default"
+COPY_ = "aten.copy_.default"
 CONTIGUOUS = "aten.contiguous.default"
 POWER = "aten.pow.Tensor_Scalar"
 

@@ -121,8 +121,7 @@ def test_experts_in_the_memory_of_one_stay_a_copy(rewrite_equal: Any, idle: Any)
             return F.grouped_mm(x, weight.transpose(-2, -1), offs=offsets)
 
     given = [integer_tensor((5, 8), 0).bfloat16(), offsets(1, 2, 3, 4, 5)]
-    rewritten = rewrite_equal(Repeated(False).bfloat16(), given, passes="layout_chains", dynamic=False)
-    assert not [miss.reason for miss in rewritten.report.misses if "undone" in miss.reason]
+    rewrite_equal(Repeated(False).bfloat16(), given, passes="layout_chains", dynamic=False)
 
 
 def test_a_product_may_feed_another(rewrite_equal: Any) -> None:

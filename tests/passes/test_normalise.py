@@ -1,5 +1,6 @@
 """The normal form: each rule with its spellings; writes, random numbers and asserts stay as they were."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 import fxfuse
 from fxfuse import Rewritten, rewrite
 from fxfuse.passes import pipeline
+from fxfuse.runtime.optimize import optimization_report
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.rewrite import traced
 from fxfuse.testing.tensors import integer_tensor
@@ -193,7 +195,21 @@ def test_a_write_after_a_detached_view_reaches_the_gradient() -> None:
     assert torch.equal(module.w.grad, torch.full((6,), 2.0))  # type: ignore[arg-type]
 
 
-def test_copies_of_a_state_stay_for_the_backward() -> None:
+STATE_TIMES_WEIGHT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a clone": lambda s, w: s.clone() * w,
+    "chosen rows": lambda s, w: s.index_select(0, torch.arange(4)) * w,
+    "a stack": lambda s, w: torch.stack([s])[0] * w,
+    "parts": lambda s, w: torch.cat(s.split(2)) * w,
+    "a reshape of turned rows": lambda s, w: s.view(2, 2).t().reshape(4).reshape(2, 2) * w.view(2, 2),
+    "a sign": lambda s, w: -(-s * w),
+    "a gate": lambda s, w: F.glu(torch.cat([s, w - w]), 0) * w,
+}
+
+
+@pytest.mark.parametrize("name", STATE_TIMES_WEIGHT)
+def test_copies_of_a_state_stay_for_the_backward(name: str) -> None:
+    """Which comes when another call has written the state."""
+
     class Counted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -203,13 +219,13 @@ def test_copies_of_a_state_stay_for_the_backward() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             self.state.add_(x[0])
-            return (self.a(x) * self.b(x)).sum() + (self.state.clone() * self.w).sum()
+            return (self.a(x) * self.b(x)).sum() + STATE_TIMES_WEIGHT[name](self.state, self.w).sum()
 
     module = Counted()
-    model = fxfuse.optimize(module, inner="eager")
-    x = torch.ones(2, 4)
-    (model(x) + model(x)).backward()
-    assert torch.equal(module.w.grad, torch.full((4,), 3.0))  # type: ignore[arg-type]
+    twin, x = copy.deepcopy(module), torch.ones(2, 4)
+    for each in (fxfuse.optimize(module, inner="eager"), twin):
+        (each(x) + each(x)).backward()
+    assert optimization_report(module).matched and torch.equal(module.w.grad, twin.w.grad)  # type: ignore[arg-type]
 
 
 def test_a_sum_that_is_written_shows_it_with_its_dimension_back(rewrite_equal: Any) -> None:
@@ -236,6 +252,22 @@ def test_what_copies_is_kept(rewrite_equal: Any) -> None:
 
 def test_a_copy_that_nobody_writes_is_none(rewrite_equal: Any) -> None:
     assert normal(rewrite_equal, lambda x: x.clone() + 1) == ["aten.add.Tensor"]
+    assert normal(rewrite_equal, lambda x: torch.empty_like(x).copy_(x) + 1) == ["aten.add.Tensor"]
+
+
+def test_results_in_memory_made_for_them_may_follow_from_each_other(rewrite_equal: Any) -> None:
+    def compute(x: Tensor) -> Tensor:
+        doubled = torch.add(x, x, out=torch.empty_like(x))
+        return torch.mul(doubled, x, out=torch.empty_like(x)) + 1
+
+    assert normal(rewrite_equal, compute) == ["aten.add.Tensor", "aten.mul.Tensor", "aten.add.Tensor"]
+
+
+def test_what_is_stored_has_the_dtype_and_the_device_of_its_memory(rewrite_equal: Any) -> None:
+    names = normal(rewrite_equal, lambda x: torch.empty_like(x, dtype=torch.int32).copy_(x / 2) + 1)
+    assert names == ["aten.div.Tensor", "aten.to.dtype", "aten.add.Tensor"]
+    elsewhere = rewrite(Calls(lambda x: torch.empty_like(x, device="meta").copy_(x) + 1), [X], passes=())
+    assert elsewhere.graph_module(X).is_meta
 
 
 SHAPES: dict[str, Callable[[Tensor], Tensor]] = {

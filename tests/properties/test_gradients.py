@@ -93,6 +93,28 @@ def test_no_gradient_passes_what_is_made_where_gradients_are_off(idle: Callable[
     assert_same_gradient(Frozen())
 
 
+STORED: dict[str, Callable[[Tensor], Tensor]] = {
+    "as it is": lambda x: torch.empty_like(x).copy_(x.square()),
+    "as another dtype": lambda x: torch.empty_like(x, dtype=torch.float64).copy_(x.square()).float(),
+    "in every row": lambda x: torch.empty_like(x).copy_(x[0].square()),
+    "turned": lambda x: torch.empty(6, 3).copy_(x.square().t()).t(),
+    "as a part": lambda x: torch.empty(4, 6).narrow(0, 0, 3).copy_(x.square()),
+}
+
+
+@pytest.mark.parametrize("value", STORED.values(), ids=STORED)
+def test_gradients_pass_what_is_stored(value: Callable[[Tensor], Tensor]) -> None:
+    class Frozen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = (nn.Linear(6, 5, bias=False) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) * self.b(x) + self.c(value(x))
+
+    assert_same_gradient(Frozen())
+
+
 class Switched(nn.Module):
     """Two frozen linears that merge, and `first`, then `second`, one of which has gradients off."""
 

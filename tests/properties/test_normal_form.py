@@ -120,6 +120,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "repeat_interleave of all": lambda x, w, b: x.repeat_interleave(1) * 2,
     "a reshape of a transposed reshape": lambda x, w, b: x.view(6, 8).t().reshape(2, 3, 8) * 2,
     "a copy, then a write": lambda x, w, b: a_copy_whose_source_is_written(x, torch.clone),
+    "stored, then a write": lambda x, w, b: a_copy_whose_source_is_written(
+        x, lambda y: torch.empty_like(y).copy_(y)
+    ),
     "a cat of one, then a write": lambda x, w, b: a_copy_whose_source_is_written(x, lambda y: torch.cat([y])),
     "a stack of one, then a write": lambda x, w, b: a_copy_whose_source_is_written(
         x, lambda y: torch.stack([y])[0]
