@@ -72,6 +72,7 @@ PLAIN: dict[str, tuple[Compute, str, str]] = {
     ),
 }
 OTHERS: dict[str, tuple[Compute, str]] = {
+    "a sum of one of the two": (lambda x, r: torch.einsum("bt,bs->bs", r, r) + 1, "aten.einsum"),
     "a sum over rows": (lambda x, r: torch.einsum("btd,bt->bd", x, r) + 1, "aten.einsum"),
     "a diagonal": (lambda x, r: torch.einsum("btt->bt", x[:, :, :3]) + 1, "aten.einsum"),
     "two sums": (lambda x, r: torch.einsum("btd,btd->b", x, x) + 1, "aten.einsum"),
