@@ -209,8 +209,9 @@ def _drawn(
         drawn = given(node, shape)
         if drawn is None and prod(shape) > MOST_ELEMENTS:
             raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
-        if drawn is None and value.is_floating_point():
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if drawn is None and (value.is_floating_point() or value.is_complex()):
+            dtype = torch.complex128 if value.is_complex() else torch.float64
+            drawn = torch.randn(shape, generator=generator, dtype=dtype)
             drawn *= _one_of(magnitudes, generator)
         elif drawn is None:
             drawn = torch.zeros(shape, dtype=value.dtype)
@@ -290,8 +291,8 @@ def run(
 
 
 def _exact(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+    if isinstance(value, torch.dtype) and (value.is_floating_point or value.is_complex):
+        return torch.complex128 if value.is_complex else torch.float64
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 
