@@ -22,7 +22,7 @@ from fxfuse.passes.row_parts import Part, parts_of
 from fxfuse.passes.storage_writes import equal_sizes, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
-from fxfuse.patterns.matcher import is_cast
+from fxfuse.patterns.terms import is_cast
 
 _PRODUCTS = (ops.MATMUL, ops.EINSUM)
 

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from fxfuse.passes.judge import Judge
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import Guards, Refused, behind
+from fxfuse.passes.regions import Guards, Refused, behind, written_out
 from fxfuse.patterns import ops, readings
 
 GATHERS = frozenset({ops.INDEX, ops.INDEX_SELECT, "aten.embedding.default", "aten.gather.default"})
@@ -62,9 +62,7 @@ class ChosenProduct:
             return x if given == wanted else call(aten.to.dtype, x, wanted)
 
         row = call(aten.to.dtype, call(aten.reshape.default, vector, sizes), wide, False, True)
-        row = call(aten.contiguous.default, row)
-        strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-        row = call(aten.as_strided.default, row, sizes, strides)  # once, as in `one_row_linears`
+        row = written_out(call, call(aten.contiguous.default, row), *sizes)  # once, as in `one_row_linears`
         weights = call(aten.transpose.int, chosen, -2, -1) if self.turned else chosen
         products = call(aten.mul.Tensor, cast(weights, own, wide), row)
         y = cast(call(aten.sum.dim_IntList, products, [-1]), wide, own)
@@ -76,9 +74,9 @@ def chosen_products(program: Program, most_rows: int) -> list[ChosenProduct]:
     found = []
     for node in program.calls(*_PRODUCTS):
         a, b = _operands(node)
-        readings_ = (_reading(program, node, *pair, most_rows) for pair in ((a, b), (b, a)))
-        found += [next(filter(None, readings_), None)]
-    return [each for each in found if each is not None]
+        product = _reading(program, node, a, b, most_rows) or _reading(program, node, b, a, most_rows)
+        found += [product] if product is not None else []
+    return found
 
 
 def check(guards: Guards, judge: Judge, product: ChosenProduct) -> None:

@@ -33,11 +33,9 @@ def spell_constants(program: Program) -> None:
         for user in list(node.users):
             if str(user.target) in {*ops.ARITHMETIC, *ops.ARITHMETIC_IN_PLACE} and not user.kwargs:
                 _put_number(user, node, number)
-        for unused in (node, kept):
+        for unused in dict.fromkeys((node, kept)):
             if not unused.users:  # type: ignore[union-attr]
                 program.graph.erase_node(unused)  # type: ignore[arg-type]
-                if kept is node:
-                    break
 
 
 def _put_number(user: Node, node: Node, number: float) -> None:

@@ -20,7 +20,7 @@ from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
 from fxfuse.passes.outcome import Match, Outcome
 from fxfuse.passes.program import Program, module_path
-from fxfuse.passes.storage_writes import layout_shows, storage_of
+from fxfuse.passes.storage_writes import is_contiguous, layout_shows, storage_of
 from fxfuse.patterns.ops import VIEWS
 from fxfuse.patterns.readings import AFTER_CONVOLUTION, CONV1D, CUTS
 
@@ -52,7 +52,7 @@ def _replace(program: Program, conv: Node, padding: int, after: Sequence[Node]) 
             # Once: else each column is gathered for each token.
             columns = call(aten.contiguous.default, columns)
             sizes = (1, channels) if after else (channels, 1)
-            columns = regions.written_out(program, conv, columns, taps, *sizes)
+            columns = regions.written_out(call, columns, taps, *sizes)
         products = []
         for k in range(taps):
             shifted = call(aten.slice.Tensor, row, tokens, k, k - taps + 1 or sys.maxsize)
@@ -64,7 +64,7 @@ def _replace(program: Program, conv: Node, padding: int, after: Sequence[Node]) 
             y = call(aten.add.Tensor, y, bias if after else call(aten.unsqueeze.default, bias, 1))
         if dtype != torch.float32:
             y = call(aten.to.dtype, y, dtype)
-        if not after and not regions.is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
+        if not after and not is_contiguous(x.meta["val"]):  # type: ignore[union-attr]
             y = call(aten.contiguous.default, y)  # as a convolution's output is, whatever the layout of x
     for node in after[:-1]:
         _, *others = node.args
@@ -120,8 +120,10 @@ def padding_of(conv: Node) -> int | None:
 def run(program: Program) -> Outcome:
     """Rewrite every short depthwise convolution of stride 1 on a CPU; others are no candidates."""
     outcome = Outcome()
-    mode, shows = modes(program.graph, program.grad_enabled), layout_shows(program.graph)
-    for conv in program.calls(CONV1D):
+    mode = modes(program.graph, program.grad_enabled)
+    convs = program.calls(CONV1D)
+    shows = layout_shows(program.graph) if convs else set()
+    for conv in convs:
         padding = padding_of(conv)
         if padding is None or mode[conv] != PLAIN:  # with gradients every product would be kept
             continue

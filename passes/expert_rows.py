@@ -73,7 +73,7 @@ def _replace(program: Program, grouped: Node, weight: Node) -> None:
         ended = call(aten.le.Tensor, offsets, call(aten.unsqueeze.default, number, 1))
         expert = call(aten.clamp.default, call(aten.sum.dim_IntList, ended, [1]), None, experts - 1)
         row = call(aten.contiguous.default, call(aten.to.dtype, x, torch.float32, False, True))
-        row = regions.written_out(program, grouped, row, rows, 1, width)  # once, as in `one_row_linears`
+        row = regions.written_out(call, row, rows, 1, width)  # once, as in `one_row_linears`
         chosen = call(aten.index.Tensor, call(aten.transpose.int, weight, 1, 2), [expert])
         y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, cast(chosen, torch.float32), row), [-1])
         somebodys = call(aten.lt.Tensor, number, call(aten.select.int, offsets, 0, -1))
@@ -121,12 +121,12 @@ def _products_of_chosen(program: Program, stays: Stays, outcome: Outcome) -> Non
         node, where = product.node, module_path(product.node) or product.node.name
         if guards.modes[node] != PLAIN or node.meta["val"].dtype not in DTYPES:
             continue
-        if _stays(stays, product.stored, node, outcome):
-            continue
         try:
             check(guards, judge, product)
         except regions.Refused as refusal:
             outcome.misses.append(Miss(RULE, where, refusal.node.name, refusal.reason))
+            continue
+        if _stays(stays, product.stored, node, outcome):
             continue
         found.append((product, product.region()))
         rows, experts = prod(product.lead), product.stored.meta["val"].shape[0]

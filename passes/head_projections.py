@@ -45,10 +45,7 @@ def join_heads_of_weights(program: Program) -> None:
             if _rewrite(program, node, x, rows, matrix, letters, parsed[1]):
                 changed.append(node)
                 break
-    for node in changed:  # not before: the next may read its sizes
-        node.meta.pop("val", None)
-    if changed:
-        program.refresh()
+    program.refresh(changed)  # not before: the next may read their sizes
 
 
 def _sizes(operand: Node, own: str, other: str) -> list[Any]:

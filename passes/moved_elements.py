@@ -43,22 +43,17 @@ def spell_moved_elements(program: Program) -> None:
             continue
         if any(str(n.target) in ops.ARANGE and writes.is_written(n) for n in node.all_input_nodes):
             continue
-        if whole is not None or str(node.target) == ops.CAT:
-            spelled = whole
-        elif str(node.target) in _VIEWS:
+        spelled = whole
+        if spelled is None and str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)
-        else:
-            parted = backward.parts(node, *_tensors(node))
-            spelled = None if parted else _joined(writes, node)
+        elif spelled is None and str(node.target) != ops.CAT and not backward.parts(node, *_tensors(node)):
+            spelled = _joined(writes, node)
         if spelled is None:
             continue
         node.target, node.args = spelled
         node.kwargs = {}
         changed.add(node)
-    for node in changed:  # not before: what is read of one that is changed has the same sizes
-        node.meta.pop("val", None)
-    if changed:
-        program.refresh()
+    program.refresh(changed)  # not before: the next may read their sizes
 
 
 def _tensors(node: Node) -> list[Node]:

@@ -61,7 +61,7 @@ def _replace(program: Program, linear: Node) -> None:
 
     with graph.inserting_before(linear):
         row = call(aten.to.dtype, call(aten.reshape.default, x, [-1]), torch.float32, False, True)
-        row = regions.written_out(program, linear, row, width)
+        row = regions.written_out(call, row, width)
         wide = cast(weight, weight.meta["val"].dtype, torch.float32)
         y = call(aten.sum.dim_IntList, call(aten.mul.Tensor, wide, row), [-1])
         if bias is not None:

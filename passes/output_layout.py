@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import laid_out
-from fxfuse.passes.storage_writes import StorageWrites, dense_order, equal_sizes, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, dense_order, equal_sizes, is_contiguous, storage_of
 
 RULE = "output_layout"
 
@@ -37,7 +37,7 @@ def restore_output_layout(program: Program, given: Program) -> Outcome:
             if _strides_differ(value, old.meta.get("val")):
                 _restore_shared(program, given, node, old, outcome)
                 taken = _taken(program)
-        elif order is not None and value.dim() == len(order) and not value.permute(order).is_contiguous():
+        elif order is not None and value.dim() == len(order) and not is_contiguous(value.permute(order)):
             (output,) = program.graph.find_nodes(op="output")
             with program.graph.inserting_before(output):
                 output.replace_input_with(node, laid_out(program, node, node, order))
@@ -69,8 +69,7 @@ def _restore_shared(program: Program, given: Program, node: Node, old: Node, out
         copied = laid_out(program, root, root, order)
     for user in users:
         user.replace_input_with(root, copied)
-        user.meta.pop("val", None)
-    program.refresh()
+    program.refresh(users)
     outcome.matches.append(Match(RULE, node.name, (), "strides as they were"))
 
 

@@ -44,10 +44,7 @@ def spell_pointwise_convolutions(program: Program) -> None:
             y = call(program, conv, torch.ops.aten.linear.default, *given)
         conv.target, conv.args, conv.kwargs = torch.ops.aten.transpose.int, (y, 1, 2), {}
         changed.append(conv)
-    for conv in changed:  # not before: the next may read its sizes
-        conv.meta.pop("val", None)
-    if changed:
-        program.refresh()
+    program.refresh(changed)  # not before: the next may read their sizes
 
 
 def _matrix(weight: Any) -> Node | None:

@@ -58,10 +58,7 @@ def spell_pointwise(program: Program) -> None:
             node.target, node.args = reading.write(partial(call, program, node))
         node.kwargs = {}
         changed.append(node)
-    for node in changed:  # not before: the next may read its sizes
-        node.meta.pop("val", None)
-    if changed:
-        program.refresh()
+    program.refresh(changed)  # not before: the next may read their sizes
 
 
 def _einsum(node: Node) -> _Reading | None:

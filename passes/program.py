@@ -216,14 +216,16 @@ class Program:
         ]
         return WeightPlan(tuple(dict.fromkeys(sources)), tuple(f.transform for f in self.fused))
 
-    def refresh(self) -> None:
-        """Recompute `meta["val"]` of new nodes and of those whose inputs changed shape, stride or memory.
+    def refresh(self, changed: Iterable[Node] = ()) -> None:
+        """Recompute `meta["val"]` of new and changed nodes, and where inputs changed shape, stride or memory.
 
         A result in memory of its own that is laid out as before stays as it is, and what follows with it.
         """
+        for node in changed:
+            node.meta.pop("val", None)
         if all("val" in node.meta or node.op != "call_function" for node in self.graph.nodes):
             return
-        changed: set[Node] = set()
+        moved: set[Node] = set()
         origin: dict[int, Node] = {}
         for node in self.graph.nodes:
             for storage in storages(node.meta.get("val")):
@@ -239,7 +241,7 @@ class Program:
                     if node.op != "call_function":
                         continue
                     switch = switches_mode(node)
-                    if not switch and "val" in node.meta and changed.isdisjoint(node.all_input_nodes):
+                    if not switch and "val" in node.meta and moved.isdisjoint(node.all_input_nodes):
                         continue
                     args, kwargs = map_arg((node.args, node.kwargs), value_of)
                     value = node.target(*args, **kwargs)
@@ -252,7 +254,7 @@ class Program:
                     if was_its_own and is_its_own and same_layout(value, node.meta.get("val")):
                         continue
                     if _signature(value) != _signature(node.meta.get("val")):
-                        changed.add(node)
+                        moved.add(node)
                     node.meta["val"] = value
             finally:
                 for entered in modes.values():

@@ -24,7 +24,8 @@ from fxfuse.passes.regions import Guards, Refused, behind, call, erase, read_by,
 from fxfuse.passes.storage_writes import equal_sizes, storage_of, written_by
 from fxfuse.patterns import idioms, ops, readings
 from fxfuse.patterns.formula import Formula
-from fxfuse.patterns.matcher import is_cast, matches
+from fxfuse.patterns.matcher import matches
+from fxfuse.patterns.terms import is_cast
 from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "recurrent_gated_delta_rule"

@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from math import prod
 from types import MappingProxyType
 from typing import Any
@@ -23,7 +23,7 @@ from fxfuse.passes.storage_writes import (
     written_by,
 )
 from fxfuse.patterns import ops
-from fxfuse.patterns.matcher import is_cast
+from fxfuse.patterns.terms import is_cast
 
 
 def writers_of(graph: Graph) -> dict[int | None, list[Node]]:
@@ -205,13 +205,13 @@ def laid_out(program: Program, like: Node, node: Node, order: list[int]) -> Node
     return call(program, like, torch.ops.aten.permute.default, node, back)
 
 
-def written_out(program: Program, like: Node, node: Node, *sizes: Any) -> Node:
-    """A contiguous value as memory of its own, in these sizes.
+def written_out(call: Callable[..., Any], x: Any, *sizes: Any) -> Any:
+    """A contiguous value as memory of its own, in these sizes, by way of `call`: of nodes, or of values.
 
     Inductor computes a value anew for each of its readers; asking for strides makes it memory.
     """
     strides = [prod(sizes[i + 1 :]) for i in range(len(sizes))]
-    return call(program, like, torch.ops.aten.as_strided.default, node, [*sizes], strides)
+    return call(torch.ops.aten.as_strided.default, x, [*sizes], strides)
 
 
 def erase(program: Program, region: Sequence[Node]) -> None:

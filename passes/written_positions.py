@@ -63,9 +63,8 @@ def _along_one_dimension(node: Node) -> tuple[Node, int, Node, Node] | None:
     if whole is None or part is None or places is None or places.dim() != 1 or places.dtype != torch.int64:
         return None
     wanted = [*whole.shape[:dim], places.shape[0], *whole.shape[dim + 1 :]]
-    single = wanted[
-        : len(wanted) - part.dim()
-    ]  # x[:, :, p] = v leaves out the first dimensions of one element
+    # x[:, :, p] = v leaves out the first dimensions of one element.
+    single = wanted[: len(wanted) - part.dim()]
     if part.dtype != whole.dtype or not equal_sizes([*single, *part.shape], wanted):
         return None
     if any(not statically_known_true(size == 1) for size in single):
@@ -98,11 +97,9 @@ def _scattered(program: Program, writes: StorageWrites) -> bool:
 def _of_one(places: Any) -> Any:
     """The positions [T] that are repeated along other dimensions, all of them."""
     while isinstance(places, Node) and places.meta["val"].dim() > 1 and str(places.target) in BROADCASTS:
-        own, source = places, places.args[0]
-        if str(own.target) == "aten.slice.Tensor" and not equal_sizes(
-            own.meta["val"].shape,
-            source.meta["val"].shape,  # type: ignore[union-attr]
-        ):
+        source: Any = places.args[0]
+        sizes = [n.meta["val"].shape for n in (places, source)]
+        if str(places.target) == "aten.slice.Tensor" and not equal_sizes(*sizes):
             return None
         places = source
     value = value_of(places)

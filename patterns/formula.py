@@ -2,7 +2,7 @@
 
 `x * (mean(x * x) + eps) ** -0.5 * (1.0 + w)` is written with Python's operators over variables. Products are
 kept as factors with exponents and sums as terms, so that order, association, division and squares are no
-difference; casts are none either: `fxfuse.patterns.matcher` looks through them.
+difference; casts are none either: `fxfuse.patterns.terms` looks through them.
 """
 
 from __future__ import annotations

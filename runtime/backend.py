@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from fxfuse.runtime.options import Options
 from fxfuse.runtime.original import as_it_was
 from fxfuse.runtime.parameter_names import dotted_source, unique_names
 from fxfuse.runtime.parts import Filled, Rewriting, Untraceable
+from fxfuse.runtime.refusals import other_tensors, refusals_of
 from fxfuse.runtime.report import GraphRecord, Report, announce
 from fxfuse.runtime.verify import verified
 
@@ -220,39 +220,12 @@ def _weights(graph_module: GraphModule, inputs: list[Any], session: Session) -> 
         refused = refusals_of(
             session.model,
             {names[node]: value for node, value in parameters.items()},
-            _other_tensors(map(dotted_source, capture.placeholders(graph_module)), inputs),
+            other_tensors(map(dotted_source, capture.placeholders(graph_module)), inputs),
         )
     return {
         node: Weight(names[node], value.requires_grad, refused.get(names[node]))
         for node, value in parameters.items()
     }
-
-
-def _other_tensors(names: Iterable[str], inputs: Iterable[Any]) -> dict[str, torch.Tensor]:
-    """The inputs of a graph that are tensors and no parameters; some may be views of one."""
-    named = zip(names, inputs, strict=True)
-    return {n: x for n, x in named if isinstance(x, torch.Tensor) and not isinstance(x, nn.Parameter)}
-
-
-def refusals_of(
-    model: nn.Module | None,
-    graph_parameters: Mapping[str, nn.Parameter] = MappingProxyType({}),
-    graph_tensors: Mapping[str, torch.Tensor] = MappingProxyType({}),
-) -> dict[str, str]:
-    """Why some parameters of the model or of its graph must stay where they are, by name."""
-    parameters, others = dict(graph_parameters), dict(graph_tensors)
-    hooked = {}
-    if model is not None:
-        parameters = {**dict(model.named_parameters()), **parameters}
-        for path, module in model.named_modules():
-            kept = {**module._buffers, **vars(module)}
-            others |= {
-                f"{path}.{name}".strip("."): x for name, x in kept.items() if isinstance(x, torch.Tensor)
-            }
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-                for name, _ in module.named_parameters(prefix=path, recurse=False):
-                    hooked[name] = "its module has a forward hook"
-    return {**hooked, **live_weights.refusals(parameters, others)}
 
 
 def _with_live_weights(
@@ -281,7 +254,7 @@ def _with_live_weights(
         root = model()  # one graph may serve several of its modules, so that names are those of the call
         known = {} if root is None else {id(p): name for name, p in root.named_parameters()}
         names = {i: known.get(id(args[i])) or f"{name} ({i})" for i, name in named.items()}
-        found = refusals_of(root, {name: args[i] for i, name in names.items()}, _other_tensors(sources, args))
+        found = refusals_of(root, {name: args[i] for i, name in names.items()}, other_tensors(sources, args))
         return {i: f"{name}: {found[name]}" for i, name in names.items() if name in found}
 
     weights = live_weights.LiveWeights(slots, [positions for _, positions in filled], refused, list(named))

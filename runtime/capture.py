@@ -14,6 +14,8 @@ from torch.fx.traceback import preserve_node_meta
 from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import CheckpointPolicy
 
+from fxfuse.runtime.graph_attributes import as_attribute, hold
+
 Input = torch.Tensor | torch.SymInt | int
 
 _regions = count(1)
@@ -165,9 +167,9 @@ class _Retracer(Interpreter):
         self._constants = constants or {}
 
     def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return (
-            self._constants[target] if target in self._constants else super().get_attr(target, args, kwargs)
-        )
+        if target in self._constants:
+            return self._constants[target]
+        return super().get_attr(target, args, kwargs)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         check_recorded(target)
@@ -191,7 +193,6 @@ class _Retracer(Interpreter):
 
 def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     """The same computation as pre-dispatch ATen; `nn_module_stack` survives, the graph given stays."""
-
     constants = _constants(graph_module)
     context = TracingContext.try_get()
     mode = mode_of(fakes) or (context.fake_mode if constants and context is not None else None)
@@ -210,15 +211,8 @@ def trace(graph_module: GraphModule, fakes: Sequence[Any]) -> GraphModule:
     finally:  # where it raises, transforms of torch.func that the graph has entered are still open
         torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(depth)
     for node, (name, value) in zip(placeholders(traced)[len(fakes) :], constants.items(), strict=True):
-        if isinstance(value, torch.nn.Parameter):
-            traced.register_parameter(name, value)
-        else:
-            traced.register_buffer(name, value)
-        with traced.graph.inserting_before(node):
-            constant = traced.graph.get_attr(name)
-        constant.meta = node.meta
-        node.replace_all_uses_with(constant)
-        traced.graph.erase_node(node)
+        hold(traced, name, value)
+        as_attribute(traced.graph, node, name)
     traced.recompile()
     return traced
 

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fxfuse.errors import CheckpointError
-from fxfuse.runtime.headers import INDEX, PLAN, check_inside
+from fxfuse.runtime.headers import INDEX, OTHER_WEIGHTS, PLAN, check_inside
 from fxfuse.runtime.safetensors_file import Entry, header_of
 from fxfuse.runtime.streaming import Files, PlannedTensors
 
 # files of weights, in formats that are not read here, would contradict the ones written
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".index.json")
+_WEIGHTS = (".safetensors", ".index.json", *OTHER_WEIGHTS)
 
 Progress = Callable[[int, int], None]
 

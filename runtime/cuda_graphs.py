@@ -47,11 +47,11 @@ def keep_addresses(graph_module: GraphModule) -> None:
     """
     writes = StorageWrites(graph_module.graph)
     # By this AOTAutograd knows a graph of Dynamo's, whose marks it reads; it asks where constants are from.
-    kept = (
-        graph_module.named_parameters(remove_duplicate=False),
-        graph_module.named_buffers(remove_duplicate=False),
+    constants = (
+        *graph_module.named_parameters(remove_duplicate=False),
+        *graph_module.named_buffers(remove_duplicate=False),
     )
-    sources: Any = {name: ConstantSource(name) for constants in kept for name, _ in constants}
+    sources: Any = {name: ConstantSource(name) for name, _ in constants}
     graph_module._param_name_to_source = sources
     for node in placeholders(graph_module):
         if writes.is_written(node):

@@ -17,6 +17,7 @@ from fxfuse.runtime import backend, leaves, quantized_modules, unread_logs
 from fxfuse.runtime.measure import check_named
 from fxfuse.runtime.optimize import compiled_call
 from fxfuse.runtime.options import Options
+from fxfuse.runtime.refusals import refusals_of
 from fxfuse.runtime.report import Report
 
 PROMPT = 17
@@ -59,7 +60,7 @@ def explain(
     report = Report(notes=quantized_modules.notes(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_memory(model, mode)
-    session = backend.Session(report, twin, dry_run=True, refusals=backend.refusals_of(model))
+    session = backend.Session(report, twin, dry_run=True, refusals=refusals_of(model))
     run = compiled_call(twin, options, dynamic=False)
     token = backend.current_session.set(session)
     try:

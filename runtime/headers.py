@@ -16,7 +16,7 @@ INDEX = "model.safetensors.index.json"
 PLAN = "fxfuse_plan.json"
 
 # pickles, which could run anything, and formats of other programs
-_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
+OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf")
 
 
 def read_config(directory: Path) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_tensors(directory: Path) -> dict[str, Entry]:
     if weight_map is None:
         contents = {file.name: [] for file in directory.glob("*.safetensors")}
     if not contents:
-        unread = sorted(file.name for file in directory.glob("*") if file.suffix in _OTHER_WEIGHTS)
+        unread = sorted(file.name for file in directory.glob("*") if file.suffix in OTHER_WEIGHTS)
         raise CheckpointError(
             f"{directory}: no {INDEX} and no *.safetensors file; fetch the files with the weights"
             + (f" ({unread[0]} is in a format that is never read)" if unread else "")

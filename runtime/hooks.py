@@ -23,7 +23,7 @@ class Hooks:
         self._model = ref(model)
         self._newest = -1
         self._parents: list[dict[str, nn.Module | None]] = []
-        self._children: list[int] = []
+        self._children: list[nn.Module | None] = []  # held, so that no other takes the address of one
         self._found: Present = frozenset()
 
     def present(self) -> Present:
@@ -43,8 +43,8 @@ class Hooks:
         return self._found
 
 
-def _inside(parents: list[dict[str, nn.Module | None]]) -> list[int]:
-    return [*map(id, chain.from_iterable(map(dict.values, parents)))]
+def _inside(parents: list[dict[str, nn.Module | None]]) -> list[nn.Module | None]:
+    return [*chain.from_iterable(map(dict.values, parents))]
 
 
 def _search(own: list[dict[str, Any]]) -> Iterator[tuple[int, int]]:

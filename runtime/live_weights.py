@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from operator import itemgetter
 from threading import RLock
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -344,37 +343,3 @@ def has_aliases(parameter: Tensor) -> bool:
         return False
     alone = torch.empty(1)
     return bool(count(parameter.untyped_storage()._cdata) > count(alone.untyped_storage()._cdata))
-
-
-def refusals(
-    tensors: Mapping[str, nn.Parameter], others: Mapping[str, Tensor] = MappingProxyType({})
-) -> dict[str, str]:
-    """Why the memory of some of these named parameters may not be rearranged.
-
-    `others` are tensors that are no parameters and may be views of some: they would keep the old memory.
-    """
-    plain = {name: t for name, t in others.items() if type(t) is Tensor and t.numel() and not t.is_meta}
-    by_storage = {
-        t.untyped_storage().data_ptr(): name for name, t in plain.items() if t.layout == torch.strided
-    }
-    found: dict[str, str] = {}
-    for name, tensor in tensors.items():
-        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
-            found[name] = f"its weight is a {type(tensor).__name__} around {type(tensor.data).__name__}"
-        elif tensor.device.type == "meta":
-            continue
-        elif not tensor.is_contiguous():
-            found[name] = f"its weight is not contiguous (strides {tuple(tensor.stride())})"
-        elif tensor.is_inference():
-            found[name] = "its weight was made under inference_mode and cannot be given other memory"
-        elif tensor.untyped_storage().nbytes() != tensor.nbytes:
-            found[name] = "its weight is a slice of larger memory that others may share"
-        elif tensor.device.type == "cpu" and tensor.is_shared():
-            found[name] = "its weight is in memory shared between processes"
-        else:
-            other = by_storage.setdefault(tensor.untyped_storage().data_ptr(), name)
-            if other != name:
-                found[name] = f"its weight shares memory with {other}"
-                if other in tensors:
-                    found.setdefault(other, f"its weight shares memory with {name}")
-    return found

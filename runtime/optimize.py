@@ -277,12 +277,14 @@ def _cache_length(args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[None]
         yield
         return
     config: Any = torch.compiler.config
-    with config.patch(dynamic_sources=r".*\.max_cache_len$"):
-        yield
-    for layer in static:  # Dynamo marks what such a prompt has made: the token's graph would vary, too
-        for tensor in (layer.keys, layer.values):
-            if isinstance(tensor, torch.Tensor):
-                vars(tensor).pop("_dynamo_propagated_dynamic_indices", None)
+    try:
+        with config.patch(dynamic_sources=r".*\.max_cache_len$"):
+            yield
+    finally:
+        for layer in static:  # Dynamo marks what such a prompt has made: the token's graph would vary, too
+            for tensor in (layer.keys, layer.values):
+                if isinstance(tensor, torch.Tensor):
+                    vars(tensor).pop("_dynamo_propagated_dynamic_indices", None)
 
 
 @contextmanager

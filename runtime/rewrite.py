@@ -21,10 +21,12 @@ from fxfuse.passes.pipeline import Passes
 from fxfuse.passes.program import Program, Weight
 from fxfuse.passes.weights import WeightPlan
 from fxfuse.passes.weights.plan import Transform
-from fxfuse.runtime import live_weights, ops
+from fxfuse.runtime import ops
 from fxfuse.runtime.capture import ObeyedAutocast, Unrecorded, check_recorded
+from fxfuse.runtime.graph_attributes import as_attribute, hold
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.pictures import pictures
+from fxfuse.runtime.refusals import refusals
 from fxfuse.runtime.report import GraphRecord, Report
 
 assert ops  # imported for the operators it registers: passes write calls of them
@@ -88,7 +90,7 @@ def rewrite(
     result = _with_attributes(rewritten, tensors, state, persistent=graph_module.state_dict().keys())
     for alias, name in _tied(graph_module).items():
         if name in state:
-            _set(result, alias, attrgetter(name)(result))
+            hold(result, alias, attrgetter(name)(result))
     record.compile_seconds = time.perf_counter() - started
     return Rewritten(result, plan, Report([record]))
 
@@ -140,7 +142,7 @@ def traced(
     placeholders = [n for n in traced.graph.nodes if n.op == "placeholder"]
     parameters = dict(graph_module.named_parameters())
     tied = {name: f"it is also {alias}" for alias, name in _tied(graph_module).items()}
-    refused = live_weights.refusals(parameters) | tied
+    refused = refusals(parameters) | tied
     weights = {
         node.name: Weight(name, parameters[name].requires_grad, refused.get(name))
         for node, name in zip(placeholders, tensors, strict=False)
@@ -167,18 +169,19 @@ class _Watched(nn.Module):
         self.module = module
 
     def forward(self, *args: Any) -> Any:
-        before = [(path, m, dict(vars(m)), dict(m._buffers)) for path, m in self.module.named_modules()]
+        modules = self.module.named_modules()
+        holding = [(path, held) for path, m in modules for held in (vars(m), m._buffers, m._parameters)]
+        before = [dict(held) for _, held in holding]
         assigned: list[str] = []
         try:
             result = self.module(*args)
         finally:
-            for path, module, attributes, buffers in before:
-                for kept, now in ((attributes, vars(module)), (buffers, module._buffers)):
-                    changed = [name for name, x in now.items() if x is not kept.get(name)]
-                    assigned += [f"{path}.{n}".strip(".") for n in changed if isinstance(now[n], Tensor)]
-                    if changed:
-                        now.clear()
-                        now.update(kept)
+            for (path, now), kept in zip(holding, before, strict=True):
+                changed = [name for name, x in now.items() if x is not kept.get(name)]
+                assigned += [f"{path}.{n}".strip(".") for n in changed if isinstance(now[n], Tensor)]
+                if changed or len(now) != len(kept):
+                    now.clear()
+                    now.update(kept)
         if assigned:
             raise UnsupportedModelError(
                 f"{', '.join(assigned)}: the module assigns a tensor to it, which no graph does; write to a "
@@ -211,8 +214,8 @@ def _with_attributes(
         given = tensors.get(name)
         value = state[name].clone()
         is_parameter = given is None or isinstance(given, nn.Parameter)
-        _set(root, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
-    by_name = {name: _as_attribute(graph, node, name) for node, name in kept.items()}
+        hold(root, name, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    by_name = {name: as_attribute(graph, node, name) for node, name in kept.items()}
     inverse = {t.target.name: t for t in program.plan().inverse().transforms} if fused else {}
     for node, name in attributes.items():
         if node not in kept:
@@ -222,18 +225,9 @@ def _with_attributes(
     result = GraphModule(root, graph)  # copies attributes, and makes every buffer persistent
     for name, buffer in list(result.named_buffers()):
         if name in tensors and name not in persistent:
-            _set(result, name, buffer, persistent=False)
+            hold(result, name, buffer, persistent=False)
     result.graph.lint()
     return result
-
-
-def _as_attribute(graph: torch.fx.Graph, node: Node, name: str) -> Node:
-    with graph.inserting_before(node):
-        attribute = graph.get_attr(name)
-    attribute.meta.update(node.meta)
-    node.replace_all_uses_with(attribute)
-    graph.erase_node(node)
-    return attribute
 
 
 def _read_back(graph: torch.fx.Graph, node: Node, transform: Transform, fused: Mapping[str, Node]) -> None:
@@ -245,15 +239,3 @@ def _read_back(graph: torch.fx.Graph, node: Node, transform: Transform, fused: M
         ]
         whole = parts[0] if len(parts) == 1 else graph.call_function(torch.ops.aten.cat.default, (parts,))
     node.replace_all_uses_with(whole)
-
-
-def _set(root: nn.Module, name: str, value: Tensor, persistent: bool = True) -> None:
-    *path, leaf = name.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    if isinstance(value, nn.Parameter):
-        root.register_parameter(leaf, value)
-    else:
-        root.register_buffer(leaf, value, persistent=persistent)

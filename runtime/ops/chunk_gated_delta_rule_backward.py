@@ -19,6 +19,7 @@ from fxfuse.runtime.ops.gated_delta_rule import (
     LEAST_LOG_DECAY,
     Factors,
     Given,
+    by_chunk,
     check,
     factors,
     initial,
@@ -31,14 +32,14 @@ from fxfuse.runtime.ops.listed_once import operator
 LEAST_RATE = 1e-20  # stands for rates of zero, for gradients are divided by it
 
 
-def _by_chunk(x: Tensor, heads: int, size: int) -> Tensor:
+def _filled_chunks(x: Tensor, heads: int, size: int) -> Tensor:
     """[B, T, h, ...] as [N, B, heads, size, ...], in its dtype.
 
     Each head is repeated heads / h times, and zeros are appended where T is no multiple of the size.
     """
     missing = -x.shape[1] % size
     x = F.pad(x, [*[0] * (2 * (x.dim() - 2)), 0, missing]) if missing else x
-    x = x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
+    x = by_chunk(x, size)
     return x if x.shape[2] == heads else x.repeat_interleave(heads // x.shape[2], dim=2)
 
 
@@ -94,7 +95,7 @@ class _Chunks(NamedTuple):
 def _chunks(given: Given, beta: Tensor) -> _Chunks:
     length, heads = given.value.shape[1:3]
     size = min(CHUNK, length)
-    query, key, value, g, rate = (_by_chunk(x, heads, size) for x in (*given[:4], beta))
+    query, key, value, g, rate = (_filled_chunks(x, heads, size) for x in (*given[:4], beta))
     pairs = keys_over_queries(key, query).flatten(1, 2)
     value, g, rate = (x.to(torch.float32).flatten(1, 2) for x in (value, g, rate))
     by = factors(pairs, g, rate, given.normalise)
@@ -143,7 +144,7 @@ def _of_sequences(grad_out: Tensor | None, grad_state: Tensor | None, given: Giv
 
     above = of.value.new_zeros(*of.value.shape[:2], 2 * size, dv)
     if grad_out is not None:
-        above[..., size:, :].unflatten(1, (batch, heads)).copy_(_by_chunk(grad_out, heads, size))
+        above[..., size:, :].unflatten(1, (batch, heads)).copy_(_filled_chunks(grad_out, heads, size))
     d_errors = of.inside.mT @ above[..., size:, :]
     carried = len(pairs) > 1 or given.initial_state is not None or grad_state is not None
     if carried:

@@ -107,9 +107,9 @@ def _diagonal(x: Tensor, size: int) -> Tensor:
     return x.unflatten(2, (-1, size)).unflatten(1, (-1, size)).diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
-def _by_chunk(x: Tensor, key_heads: int, size: int) -> Tensor:
-    """[B, N·n, h, ...] as a view [N, B, Hk, h / Hk, n, ...] of N chunks of n tokens."""
-    return x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2)).unflatten(2, (key_heads, -1))
+def by_chunk(x: Tensor, size: int) -> Tensor:
+    """[B, N·n, h, ...] as a view [N, B, h, n, ...] of N chunks of n tokens."""
+    return x.unflatten(1, (-1, size)).movedim((1, 3), (0, 2))
 
 
 class Given(NamedTuple):
@@ -240,7 +240,8 @@ def _chunks(given: Given, part: slice, size: int, state: Tensor | None) -> Itera
     their own (r), so that keys are multiplied with each other once for all.
     """
     key_heads = given.key.shape[2]
-    query, key, value, g, beta = (_by_chunk(x[:, part], key_heads, size) for x in given[:5])
+    chunks = (by_chunk(x[:, part], size) for x in given[:5])
+    query, key, value, g, beta = (x.unflatten(2, (key_heads, -1)) for x in chunks)
     pairs = keys_over_queries(key, query)
     by = factors(pairs, g.float(), beta.float(), given.normalise)
 

@@ -106,6 +106,19 @@ def test_a_module_that_brings_a_hook_along_or_takes_it_elsewhere_is_obeyed(small
     assert torch.equal(follows(small), before)
 
 
+def test_a_copy_with_a_hook_may_lie_where_the_module_before_it_lay(small: Any) -> None:
+    hooked = copy.deepcopy(small[0].gate)
+    hooked.register_forward_hook(lambda module, args, output: output * 3)
+    follows(small)
+    address = id(small[0].gate)
+    small[0].gate = None
+    copies = [hooked]  # which take no number from torch's counter of hooks
+    while id(copies[-1]) != address and len(copies) < 100:
+        copies.append(copy.deepcopy(hooked))
+    small[0].gate = copies[-1]
+    follows(small)
+
+
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_every_module_come_as_often_as_without_us(small: Any, kind: str) -> None:
     def heard(forward: Callable[[Tensor], Tensor]) -> list[str]:

@@ -135,7 +135,7 @@ FAULTS = (
     Fault("runtime/outline.py", "{value.stride()} {value.storage_offset()} \"", "{value.storage_offset()} \"", OUTLINE),
     Fault("runtime/outline.py", " {node.target} {own} {args}\")", " {node.target} {own}\")", OUTLINE),
     Fault("runtime/live_weights.py", "member.data_ptr() == pointer or alias is None or alias.expired()", "True", LIVE + " -k assigned"),
-    Fault("runtime/live_weights.py", "        elif not tensor.is_contiguous():", "        elif False:", LIVE + " -k refusals"),
+    Fault("runtime/refusals.py", "        elif not tensor.is_contiguous():", "        elif False:", LIVE + " -k refusals"),
     Fault("runtime/live_weights.py", "if all(tensor is not None for tensor in tensors):", "if True:", LIVE + " -k given_back"),
     Fault("passes/weights/check.py", "elif source.dtype != target.dtype:", "elif False:", PLAN),
     Fault("passes/weights/check.py", "            elif start < reached:", "            elif False:", PLAN),

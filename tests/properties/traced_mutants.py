@@ -21,8 +21,8 @@ from fxfuse.passes import pipeline
 from fxfuse.passes.outcome import Outcome
 from fxfuse.passes.pipeline import Pass
 from fxfuse.passes.program import Program, Weight
-from fxfuse.runtime import live_weights
 from fxfuse.runtime.options import Options
+from fxfuse.runtime.refusals import refusals
 from fxfuse.runtime.rewrite import traced
 from fxfuse.testing.changes import CHANGES, ImpossibleError
 from fxfuse.testing.graph_edits import TRACED
@@ -179,7 +179,7 @@ def _program(module: GraphModule, base: Traced, copy_weights: bool) -> tuple[Pro
     turned = [node for node in graph.nodes if _turns(node)]
     changed = None if turned else _first_change(module, base.module)
     first, weights = graph.find_nodes(op="placeholder")[0], {}
-    refused = live_weights.refusals(named)
+    refused = refusals(named)
     refused |= {
         first_name[id(tensor)]: f"it is also {name}"
         for name, tensor in module.named_parameters(remove_duplicate=False)

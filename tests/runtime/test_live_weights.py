@@ -21,6 +21,7 @@ from fxfuse.passes.program import FusedWeight
 from fxfuse.passes.weights import RowMap, TensorSpec, Transform
 from fxfuse.runtime import live_weights
 from fxfuse.runtime.live_weights import CopiedSlot, LiveWeights, SharedSlot
+from fxfuse.runtime.refusals import refusals
 
 Make = Callable[..., Any]
 INNERS = ["eager", "aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])]
@@ -320,7 +321,7 @@ def test_refusals_name_what_makes_a_weight_immovable() -> None:
     tied = nn.Parameter(torch.randn(4, 4))
     half = nn.Parameter(torch.empty(0))
     half.data = tied.data
-    found = live_weights.refusals(
+    found = refusals(
         {
             "plain": nn.Parameter(torch.randn(4, 4)),
             "strided": nn.Parameter(torch.randn(4, 4).t()),

@@ -1,6 +1,7 @@
 """Graphs are few and stay few: over prompts of many lengths, and in every later round."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fxfuse
+from fxfuse.runtime.optimize import _varying
 
 Make = Callable[..., Any]
 LENGTHS = (3, 17, 64, 65, 200)
@@ -64,3 +66,15 @@ def test_the_counters_see_what_a_length_for_which_nothing_was_said_costs(make_mo
         for length in LENGTHS[:3]:
             model(ids(length))
     assert counters["stats"]["unique_graphs"] == len(model.optimization_report.graphs) == 3
+
+
+def test_a_prompt_that_is_interrupted_leaves_no_marks() -> None:
+    class StaticLayer:
+        keys, values = torch.zeros(1, 1, 8, 4), None
+
+    ids = torch.zeros(1, 4, dtype=torch.long)
+    cache = SimpleNamespace(layers=[StaticLayer()])
+    with pytest.raises(KeyboardInterrupt), _varying((ids,), {"past_key_values": cache}):
+        vars(StaticLayer.keys)["_dynamo_propagated_dynamic_indices"] = {2}  # as Dynamo does
+        raise KeyboardInterrupt
+    assert vars(ids) == vars(StaticLayer.keys) == {}

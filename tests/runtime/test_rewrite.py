@@ -52,13 +52,29 @@ class Caching(nn.Module):
         return self.pair(x) + self.pair.cache.sum()
 
 
-@pytest.mark.parametrize(("kind", "name"), [(Counting, "count"), (Caching, "pair.cache")])
+class Growing(Pair):
+    """Makes a parameter at its first call, and forgets how to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fresh = True
+
+    def forward(self, x: Tensor, by: Any = 1) -> Tensor:
+        if hasattr(self, "fresh"):
+            del self.fresh
+            self.scale = nn.Parameter(x.sum())
+        return super().forward(x, self.scale)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Counting, "count"), (Caching, "pair.cache"), (Growing, "scale")])
 def test_a_tensor_that_the_module_assigns_is_refused_and_taken_back(kind: Any, name: str) -> None:
     module = kind()
     before = {path: dict(vars(m)) for path, m in module.named_modules()}
+    parameters = dict(module.named_parameters())
     with pytest.raises(UnsupportedModelError, match=f"^{name}: the module assigns a tensor"):
         fxfuse.rewrite(module, [X])
     assert {path: dict(vars(m)) for path, m in module.named_modules()} == before
+    assert dict(module.named_parameters()) == parameters
 
 
 def test_a_buffer_that_is_written_to_counts_on() -> None:
