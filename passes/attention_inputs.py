@@ -14,16 +14,17 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._pytree import tree_leaves
 
-from fxfuse.passes.linear_spellings import turned
+from fxfuse.passes.attention_caches import INDEX_COPY, origin_of, spell_caches
+from fxfuse.passes.linear_spellings import turned as turned_last
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import Refused, behind, read_by, writers_of
 from fxfuse.passes.row_parts import Part, parts_of
-from fxfuse.passes.storage_writes import equal_sizes, is_idle_view, storage_of
+from fxfuse.passes.storage_writes import equal_sizes, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
 from fxfuse.patterns.terms import is_cast
 
-INDEX_COPY = "aten.index_copy_.default"
+_PRODUCTS = (ops.MATMUL, ops.EINSUM)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Reading:
     """One way to read a candidate's inputs as the operator's arguments.
 
     `gate` is None where it stays, `weights` are where nothing is normed. With `halves` cos and sin are
-    [B, T, R / 2], read by either half of the R features that rotate.
+    [B, T, R / 2], read by either half of the R features that rotate; with `centred` weights are off by one.
     """
 
     query: Part
@@ -67,13 +68,15 @@ class Reading:
     cos_sin: tuple[Node, Node]
     eps: float
     halves: bool = False
+    centred: bool = True
 
 
 def candidates(program: Program) -> Iterator[Candidate]:
-    """One for each call of attention whose query has four dimensions."""
+    """One for each call of attention whose query has four dimensions; their caches are spelled alike."""
+    spell_caches(program, [n for _, operands in _attentions(program) for n in operands[1:]])
     for attention, operands in _attentions(program):
         query, *rest = operands
-        key, value = (_origin(n) for n in rest)
+        key, value = (n if turned else origin for n in rest for origin, turned in [origin_of(n)])
         writes: tuple[Node, ...] = ()
         if all(_is_cache_write(n) for n in (key, value)) and key.args[2] is value.args[2]:
             writes, (key, value) = (key, value), (key.args[3], value.args[3])  # type: ignore[assignment]
@@ -90,20 +93,31 @@ def _attentions(program: Program) -> Iterator[tuple[Node, tuple[Node, Node, Node
         scores, last = _product_before(softmax), _product_after(softmax)
         if scores is None or last is None:
             continue
-        query, key = scores.args[0], turned(scores.args[1])
+        query, key = _factors(scores)
+        if str(scores.target) == ops.MATMUL:
+            key = turned_last(key)
         if isinstance(query, Node) and str(query.target) == ops.MUL and len(query.all_input_nodes) == 1:
             (query,) = query.all_input_nodes  # before it was scaled
-        if isinstance(query, Node) and key is not None and isinstance(last.args[1], Node):
-            yield last, (query, key, last.args[1])
+        value = _factors(last)[1]
+        if isinstance(query, Node) and isinstance(key, Node) and isinstance(value, Node):
+            yield last, (_of_all_heads(query), key, value)
+
+
+def _factors(product: Node) -> tuple[Any, Any]:
+    """Both operands of a product of matrices, as an einsum perhaps."""
+    given: Any = product.args if str(product.target) == ops.MATMUL else product.args[1]
+    return tuple(given[:2]) if len(given) > 1 else (None, None)
 
 
 def _product_before(softmax: Node) -> Node | None:
     """The product of query and key that a softmax is of, scaled and masked."""
     node: Any = softmax.args[0]
     sizes = softmax.meta["val"].shape
-    while isinstance(node, Node) and str(node.target) != ops.MATMUL:
+    while isinstance(node, Node) and str(node.target) not in _PRODUCTS:
         same = [
-            n for n in node.all_input_nodes if dims_of(n) == 4 and equal_sizes(n.meta["val"].shape, sizes)
+            n
+            for n in node.all_input_nodes
+            if dims_of(n) in (4, 5) and equal_sizes(n.meta["val"].shape, sizes)
         ]
         node = same[0] if same else None
     return node
@@ -113,7 +127,7 @@ def _product_after(node: Node) -> Node | None:
     """The product of a softmax, cast perhaps, with values."""
     while len(node.users) == 1:
         (user,) = node.users
-        if str(user.target) == ops.MATMUL and user.args[0] is node:
+        if str(user.target) in _PRODUCTS and _factors(user)[0] is node:
             return user
         if not is_cast(user):
             return None
@@ -121,17 +135,11 @@ def _product_after(node: Node) -> Node | None:
     return None
 
 
-def _origin(node: Node) -> Node:
-    """The write, or the new tokens, behind a key or value that is cut, repeated or appended to others."""
-    while True:
-        source: Any = None
-        if str(node.target) in readings_of.REPEATS or is_idle_view(node):
-            source = node.args[0]
-        elif str(node.target) == ops.CAT and node.args[1:] in ((2,), (-2,)):
-            source = node.args[0][-1]  # type: ignore[index]
-        if not isinstance(source, Node) or dims_of(source) < 4:
-            return node
-        node = source
+def _of_all_heads(query: Node) -> Node:
+    """[B, H, T, D], before it was split into groups of heads that share a key."""
+    while dims_of(query) == 5 and str(query.target) in (*ops.RESHAPES, ops.UNFLATTEN, ops.UNSQUEEZE):
+        query = query.args[0]  # type: ignore[assignment]
+    return query
 
 
 def _is_cache_write(node: Node) -> bool:
@@ -159,7 +167,7 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
     given = {*found.caches, *(write.args[2] for write in found.writes)}
     weights, angles = [], []
     for node in (n for n in inputs if n not in given):
-        cone = behind([node], ())
+        cone = behind([node], (), writers)
         parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
         if cone and all(n.op == "get_attr" for n in read_by(cone)):  # made of numbers alone
             dependent.update(cone)
@@ -179,7 +187,7 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
 def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
     """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
     found = list(dict.fromkeys(angles))
-    while len(found) > 2:
+    while len(found) > 2 or any(_is_more(n) for n in found):
         parts = {n: _call_of(n) for n in found if str(_call_of(n).target) in readings_of.ON_ANGLES}
         if not parts:
             break
@@ -187,6 +195,11 @@ def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
         read = ([m for m in parts[n].all_input_nodes if dims_of(m)] if n in parts else [n] for n in found)
         found = list(dict.fromkeys(chain.from_iterable(read)))
     return found
+
+
+def _is_more(node: Node) -> bool:
+    """Whether a tensor is more than cos or sin: both as one complex number, or made as wide as a head."""
+    return node.meta["val"].is_complex() or str(node.target) in readings_of.PADDINGS
 
 
 def _call_of(node: Node) -> Node:
@@ -206,7 +219,10 @@ def readings(
     heads, head_dim = found.query.meta["val"].shape[1::2]
     kv_heads = found.key.meta["val"].shape[1]
     if not all(isinstance(n, int) and n > 0 for n in (heads, head_dim, kv_heads)):
-        raise Refused(found.query, "the number or size of its heads varies, or is 0")
+        raise Refused(
+            found.query,
+            "the number or size of its heads varies, or is 0: dynamic=False takes a cache's as it is",
+        )
     if len(weights) > 2 or len(angles) != 2:
         raise Refused(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
@@ -236,8 +252,9 @@ def readings(
         gate = next((g for g in gates if (whole := joined(query, g, heads)) and whole.is_strided), None)
         if not all(part.is_strided for part in parts):
             continue
-        for pair, cos_sin, eps, half in product(orders, permutations(angles), epsilons, halves):
-            yield Reading(query, gate, key, value, pair, cos_sin, eps, half)  # type: ignore[arg-type]
+        ways = product([True, False] if weights else [True], orders, permutations(angles), epsilons, halves)
+        for centred, pair, cos_sin, eps, half in ways:
+            yield Reading(query, gate, key, value, pair, cos_sin, eps, half, centred)  # type: ignore[arg-type]
 
 
 def joined(query: Part, gate: Part, heads: int) -> Part | None:

@@ -194,7 +194,7 @@ def _drawn(
 ) -> Values:
     sizes = _sizes(region, primes)
     generator = torch.Generator().manual_seed(seed)
-    drawn_nodes = [node for node in read_by(region) if _is_floating(node.meta.get("val"))]
+    drawn_nodes = [node for node in read_by(region) if _is_inexact(node.meta.get("val"))]
     alone = drawn_nodes[seed // 2 % len(drawn_nodes)] if magnitudes is ONE_LARGE and drawn_nodes else None
     values: Values = {}
     for node in read_by(region):
@@ -213,8 +213,9 @@ def _drawn(
         drawn = given(node, shape)
         if drawn is None and prod(shape) > MOST_ELEMENTS:
             raise Refused(node, f"{node.name} has {prod(shape)} elements: too many to run it and compare")
-        if drawn is None and value.is_floating_point():
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+        if drawn is None and _is_inexact(value):
+            dtype = torch.complex128 if value.is_complex() else torch.float64
+            drawn = torch.randn(shape, generator=generator, dtype=dtype)
             drawn *= magnitudes[node is alone] if alone is not None else _one_of(magnitudes, generator)
         elif drawn is None:
             drawn = torch.zeros(shape, dtype=value.dtype)
@@ -225,8 +226,8 @@ def _drawn(
     return values
 
 
-def _is_floating(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+def _is_inexact(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _one_of(magnitudes: Sequence[float], generator: torch.Generator) -> float:
@@ -298,8 +299,8 @@ def run(
 
 
 def _exact(value: Any) -> Any:
-    if isinstance(value, torch.dtype) and value.is_floating_point:
-        return torch.float64
+    if isinstance(value, torch.dtype) and (value.is_floating_point or value.is_complex):
+        return torch.complex128 if value.is_complex else torch.float64
     return torch.device("cpu") if isinstance(value, torch.device) else value
 
 

@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.backward import Backward
 from fxfuse.passes.constants import spell_constants
+from fxfuse.passes.filled_memory import spell_filled_memory
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
 from fxfuse.passes.kept_dimensions import spell_kept_dimensions
@@ -47,6 +48,7 @@ def normalise(program: Program) -> None:
     _one_name(program)
     fold_idle_calls(program)
     _one_reshape(program)
+    spell_filled_memory(program)
     spell_written_positions(program)
     spell_sizes(program)
     _one_convolution(program)

@@ -11,6 +11,7 @@ what the operator does is told by running both.
 
 import operator
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -34,16 +35,24 @@ from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.program import Program, module_path
 from fxfuse.passes.regions import Guards, Refused, call, erase, read_by
 from fxfuse.passes.row_parts import Part
+from fxfuse.passes.storage_writes import equal_sizes
 from fxfuse.runtime.ops.limits import unsupported
 
 RULE = "qk_norm_rope_gate"
 
 
-def _flat_angles(value: Any) -> Any:
+def _flat_angles(value: Any, tokens: Any) -> Any:
     """cos or sin as [B or 1, T, R]: without the dimension that broadcasts over heads."""
     if value.dim() == 4:
         return value.squeeze(_head_dim_of(value))
+    if _is_tokens_first(value, tokens):
+        return value.transpose(0, 1)
     return value.unsqueeze(0) if value.dim() == 2 else value
+
+
+def _is_tokens_first(value: Any, tokens: Any) -> bool:
+    """Whether angles are [T, 1, R], as heads behind the tokens read them."""
+    return value.dim() == 3 and equal_sizes(value.shape[:2], (tokens, 1)) and not equal_sizes([tokens], [1])
 
 
 def _head_dim_of(value: Any) -> int:
@@ -66,9 +75,10 @@ def _operator_on(found: Candidate, reading: Reading) -> Any:
         else:
             caches = [torch.empty_like(key.transpose(1, 2).contiguous()) for _ in range(2)]
             positions = torch.zeros(1, dtype=torch.long)
-        angles = [_flat_angles(values[n]) for n in reading.cos_sin]
+        angles = [_flat_angles(values[n], key.shape[1]) for n in reading.cos_sin]
         angles = [torch.cat([t, t], -1) for t in angles] if reading.halves else angles
-        vectors = [None if n is None else values[n] for n in reading.weights]
+        off = 0.0 if reading.centred else 1.0
+        vectors = [None if n is None else values[n] - off for n in reading.weights]
         out = torch.ops.fxfuse.qk_norm_rope(
             query, key, value, *vectors, *angles, *caches, positions, reading.eps
         )
@@ -82,12 +92,17 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     if not region:
         raise Refused(found.query, "its query and key are computed from no projection")
     dtype = found.query.meta["val"].dtype
-    reason = guards.reason(region, found.results, {dtype, torch.float32}, found.caches, restored=True)
+    at = None if found.writes else _first_user(guards, found, region)
+    reason = guards.reason(region, found.results, {dtype, torch.float32}, found.caches, at, restored=True)
     if reason is not None:
         raise Refused(*reason)
-    last = guards.position[region[-1]]
-    for result in found.results:
-        early = next((u for u in result.users if u not in region and guards.position[u] < last), None)
+    last = guards.position[at or region[-1]]
+    late = next((n for n in read_by(region) if guards.position[n] >= last), None)
+    if late is not None:
+        raise Refused(late, f"{late.name} is computed after the query or key is read")
+    for result in found.writes:
+        before = (u for u in result.users if u not in region and guards.position[u] < last)
+        early = next((u for u in before if not guards.shows_later(u, last)), None)
         if early is not None:
             raise Refused(early, f"{early.name} reads {result.name} before the others are there")
 
@@ -115,18 +130,24 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
             continue  # a table of angles from which the other one is computed
         order = [inputs.index(n) for n in (*rows, *reading.weights, *reading.cos_sin) if n is not None]
         features = [hash(p.features) for p in (reading.query, reading.key, reading.value)]
-        name = f"{RULE} {order} {features} {reading.eps} {reading.halves}"
+        name = f"{RULE} {order} {features} {reading.eps} {reading.halves} {reading.centred}"
         if judge.equal(region, outputs, _operator_on(found, reading), name, found.caches, given):
             gate = reading.gate
             if gate is not None and any(guards.position[user] < last for user in gate.node.users):
                 gate = None
             if gate is not None and dims_of(gate.node) not in (3, 4):
                 gate = None
-            chosen = (reading.query, gate, reading.key, reading.value)
-            return region, Reading(*chosen, reading.weights, reading.cos_sin, reading.eps, reading.halves)
+            return region, replace(reading, gate=gate)
     raise Refused(
         found.query, "run on random values it is no norm and rotation as qk_norm_rope_gate takes them"
     )
+
+
+def _first_user(guards: Guards, found: Candidate, region: Sequence[Node]) -> Node | None:
+    """What reads a result before the last of them is there, None where nothing does."""
+    users = {user for result in found.results for user in result.users if user not in region}
+    first = min(users, key=lambda user: guards.position.get(user, 0), default=None)
+    return None if first is None or guards.position[first] > guards.position[region[-1]] else first
 
 
 def _start(guards: Guards, positions: Any, last: Node) -> Any:
@@ -150,8 +171,9 @@ def _replace(
     aten, fxfuse = torch.ops.aten, torch.ops.fxfuse
     heads, head_dim = found.query.meta["val"].shape[1::2]
     kv_heads = found.key.meta["val"].shape[1]
-    with program.graph.inserting_after(region[-1]):
-        anchor = program.graph.call_function(aten.alias.default, (found.query,))
+    at = None if found.writes else _first_user(guards, found, region)
+    with program.graph.inserting_after(region[-1]) if at is None else program.graph.inserting_before(at):
+        anchor = program.graph.call_function(aten.alias.default, (region[0],))
     with program.graph.inserting_before(anchor):
         key, value = (part.view(program, (kv_heads, head_dim)) for part in (reading.key, reading.value))
         angles = []
@@ -161,6 +183,8 @@ def _replace(
                 node = call(program, found.query, aten.squeeze.dim, node, _head_dim_of(node.meta["val"]))
             elif dims == 2:
                 node = call(program, found.query, aten.unsqueeze.default, node, 0)
+            elif _is_tokens_first(node.meta["val"], found.query.meta["val"].shape[2]):
+                node = call(program, found.query, aten.transpose.int, node, 0, 1)
             if reading.halves:
                 node = call(program, found.query, aten.cat.default, [node, node], -1)
             angles.append(node)
@@ -174,7 +198,8 @@ def _replace(
                 for _ in range(2)
             ]
             positions = _first_position(program, reading.key.linear)
-        rest = (key, value, *reading.weights, *angles, *caches, positions, reading.eps)
+        weights = [_zero_centred(program, found.query, n, reading) for n in reading.weights]
+        rest = (key, value, *weights, *angles, *caches, positions, reading.eps)
         if reading.gate is None:
             query = reading.query.view(program, (heads, head_dim))
             out = call(program, found.query, fxfuse.qk_norm_rope.default, query, *rest)
@@ -193,6 +218,16 @@ def _replace(
     erase(program, region)
     if reading.gate is not None:
         erase(program, [reading.gate.node])
+
+
+def _zero_centred(program: Program, like: Node, weight: Node | None, reading: Reading) -> Node | None:
+    """w − 1 of a norm that multiplies by w, in float32, where it loses nothing."""
+    if weight is None or reading.centred:
+        return weight
+    aten = torch.ops.aten
+    if weight.meta["val"].dtype != torch.float32:
+        weight = call(program, like, aten.to.dtype, weight, torch.float32)
+    return call(program, like, aten.sub.Tensor, weight, 1.0)
 
 
 def _size(program: Program, part: Part, dim: int) -> Any:
@@ -219,9 +254,10 @@ def _first_position(program: Program, row: Node) -> Node:
 
 def run(program: Program) -> Outcome:
     """Rewrite what precedes every call of attention; report every candidate that stays, with the reason."""
-    outcome, guards, judge = Outcome(), Guards(program), Judge()
+    outcome, judge, found_all = Outcome(), Judge(), list(candidates(program))
+    guards = Guards(program)  # of the graph in which caches are spelled alike
     accepted: list[tuple[Candidate, list[Node], Reading]] = []
-    for found in candidates(program):
+    for found in found_all:
         where = module_path(found.attention)
         try:
             accepted.append((found, *_accepted(program, guards, judge, found)))

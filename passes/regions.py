@@ -22,6 +22,7 @@ from fxfuse.passes.storage_writes import (
     storage_of,
     written_by,
 )
+from fxfuse.patterns import ops
 from fxfuse.patterns.terms import is_cast
 
 
@@ -162,9 +163,16 @@ class Guards:
                 return node, f"{node.name} writes to what the computation reads, in its midst"
             if targets & (own - given):
                 return node, f"{node.name} writes to a value inside the computation"
-            if first < place < last and written & {storage_of(n) for n in node.all_input_nodes} - {None}:
+            reads = first < place < last and written & {storage_of(n) for n in node.all_input_nodes} - {None}
+            if reads and not self.shows_later(node, last):
                 return node, f"{node.name} reads a state while it is being written"
         return None
+
+    def shows_later(self, node: Node, last: int) -> bool:
+        """Whether a call is a view that nobody reads before the last one of a region."""
+        return str(node.target) in ops.VIEWS and all(
+            self.position[user] > last or self.shows_later(user, last) for user in node.users
+        )
 
 
 def _is_still_there(node: Node, inside: Collection[Node], given: Collection[int | None]) -> bool:

@@ -57,6 +57,9 @@ CHUNKED_DELTA_RULE = "fxfuse.chunk_gated_delta_rule.default"
 RECURRENT_DELTA_RULE = "fxfuse.recurrent_gated_delta_rule.default"
 REPEATED_HEADS = "aten.repeat_interleave.self_int"
 
+# What may precede a convolution as its padding.
+PADDINGS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
+
 # Cut or repeat keys and values on their way to attention.
 REPEATS = BROADCASTS | frozenset(
     {
@@ -65,12 +68,26 @@ REPEATS = BROADCASTS | frozenset(
         "aten.flatten.using_ints",
         "aten.index.Tensor",
         "aten.index_select.default",
+        "aten.narrow.default",
         "aten.repeat_interleave.self_int",
     }
 )
 
 # What may turn cos and sin into what the rotation of a half reads.
-ON_ANGLES = REPEATS | LAYOUT | frozenset({"aten.neg.default", "aten.repeat.default", "aten.to.dtype"})
+ON_ANGLES = (
+    REPEATS
+    | LAYOUT
+    | PADDINGS
+    | frozenset(
+        {
+            "aten.complex.default",
+            "aten.neg.default",
+            "aten.repeat.default",
+            "aten.to.dtype",
+            "aten.view_as_complex.default",
+        }
+    )
+)
 
 # Take consecutive elements along one dimension.
 CUTS = frozenset(
@@ -90,9 +107,6 @@ CUTS = frozenset(
         "aten.unflatten.int",
     }
 )
-
-# What may precede a convolution as its padding.
-PADDINGS = frozenset({"aten.pad.default", "aten.constant_pad_nd.default"})
 
 # What may follow a convolution and belong to it: a cut, and a SiLU in any spelling.
 AFTER_CONVOLUTION = (

@@ -291,11 +291,26 @@ def rotate_roll(x: Tensor) -> Tensor:
     return torch.cat([-x.roll(D // 2, -1)[..., : D // 2], x[..., : D // 2]], -1)
 
 
+def filled(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    out[..., : D // 2] = -x[..., D // 2 :]
+    out[..., D // 2 :] = x[..., : D // 2]
+    return out
+
+
+def by_a_matrix(x: Tensor) -> Tensor:
+    turning = torch.zeros(D, D)
+    turning[D // 2 :, : D // 2] = -torch.eye(D // 2)
+    turning[: D // 2, D // 2 :] = torch.eye(D // 2)
+    return x @ turning
+
+
 def attention(
     turn: Callable[[Tensor], Tensor] = rotate_cat,
     rotate: Callable[..., Tensor] | None = None,
     repeat: Callable[[Tensor], Tensor] = lambda k: k.repeat_interleave(2, dim=1),
     norm: Callable[[Tensor, Tensor], Tensor] | None = None,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
 ) -> Callable[..., Any]:
     def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         norms = norm or (lambda y, w: y * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * (1 + w))
@@ -304,7 +319,7 @@ def attention(
         q = norms(F.linear(x, m.wq).view(B, T, 2, D), m.bk).transpose(1, 2)
         k = norms(F.linear(x, m.wk).view(B, T, 1, D), m.bv).transpose(1, 2)
         v = F.linear(x, m.wv).view(B, T, 1, D).transpose(1, 2)
-        y = F.scaled_dot_product_attention(turned(q, c, s), repeat(turned(k, c, s)), repeat(v))
+        y = attend(turned(q, c, s), repeat(turned(k, c, s)), repeat(v))
         return y.transpose(1, 2).reshape(B, T, 2 * D)
 
     return compute
@@ -332,6 +347,32 @@ def by_signs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return y * c + torch.cat([y[..., D // 2 :], y[..., : D // 2]], -1) * signs * s
 
 
+def as_complex_numbers(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    y = torch.complex(y[..., :half], y[..., half:]) * torch.complex(c[..., :half], s[..., :half])
+    return torch.cat([y.real, y.imag], dim=-1)
+
+
+def first_half_into_a_clone(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    turned, out, c, s = y[..., : D // 2], y.clone(), c[..., : D // 2], s[..., : D // 2]
+    a, b = turned.chunk(2, -1)
+    out[..., : D // 2] = turned * c + torch.cat([-b, a], -1) * s
+    return out
+
+
+def first_half_by_wider_tables(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    a, b, rest = y.split([D // 4, D // 4, D // 2], -1)
+    c = F.pad(c[..., : D // 2], (0, D // 2), value=1.0)
+    s = F.pad(s[..., : D // 2], (0, D // 2))
+    return y * c + torch.cat([-b, a, torch.zeros_like(rest)], -1) * s
+
+
+def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.unflatten(1, (1, 2))
+    p = (torch.einsum("bngqd,bnkd->bngqk", q, k) * D**-0.5).softmax(-1)
+    return torch.einsum("bngqk,bnkd->bngqd", p, v).flatten(1, 2)
+
+
 def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     q, k, v = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk, m.wv))
     c, s = cos[None, None], sin[None, None]
@@ -356,6 +397,15 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "tiled": attention(repeat=lambda k: k.unsqueeze(2).tile(1, 1, 2, 1, 1).flatten(1, 2)),
     "F.rms_norm": attention(norm=lambda y, w: F.rms_norm(y, (D,), 1 + w, EPS)),
     "attention by hand": attention_by_hand,
+    "rotate_half into empty memory": attention(turn=filled),
+    "rotate_half by a matrix": attention(turn=by_a_matrix),
+    "complex numbers": attention(rotate=as_complex_numbers),
+    "the first half, into a clone": attention(rotate=first_half_into_a_clone),
+    "the first half, by wider tables": attention(rotate=first_half_by_wider_tables),
+    "groups of heads, by einsum": attention(repeat=lambda k: k, attend=in_groups),
+    "norms with plain weights": attention(
+        norm=lambda y, w: y * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * w
+    ),
 }
 
 
@@ -743,6 +793,48 @@ def test_rows_written_by_an_index_are_a_cache_of_the_prologue() -> None:
     rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 1, rewritten.report.misses
+
+
+CACHES: dict[str, Callable[..., Any]] = {
+    "a part of it is assigned": lambda cache, k, p, dim: (
+        cache.narrow(dim, 2, T).copy_(k),
+        cache,
+    ),
+    "a part of it is assigned, and its start read": lambda cache, k, p, dim: (
+        cache.narrow(dim, 2, T).copy_(k),
+        cache.narrow(dim, 0, T + 2),
+    ),
+    "index_copy_": lambda cache, k, p, dim: (cache.index_copy_(dim, p, k),) * 2,
+    "scatter_": lambda cache, k, p, dim: (
+        (cache.scatter_(dim, p.view(*(-1 if i == dim else 1 for i in range(4))).expand_as(k), k),) * 2
+    ),
+    "appended to": lambda cache, k, p, dim: (None, torch.cat([cache, k], dim)),
+}
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
+    write, dim = CACHES[name], 1 if tokens_first else 2
+    joined = name == "appended to"
+
+    def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, p: Tensor) -> Any:
+        q, k, v = (F.linear(x, w).view(B, T, -1, D) for w in (m.wq, m.wk, m.wv))
+        c, s = cos[:, None], sin[:, None]
+        q, k = (y * c + rotate_cat(y) * s for y in (q, k))
+        k, v = (y if tokens_first else y.transpose(1, 2) for y in (k, v))
+        k, v = (write(cache, y, p, dim)[1] for cache, y in ((keys, k), (values, v)))
+        both = [y.transpose(1, 2) if tokens_first else y for y in (k, v)]
+        y = F.scaled_dot_product_attention(q.transpose(1, 2), *both, enable_gqa=True).transpose(1, 2)
+        return [y, k, v] if joined else y
+
+    caches = two(B, 9, 1, D) if tokens_first else two(B, 1, 9, D)
+    module, given = Block(compute), [*hidden(), *ANGLES, *caches, torch.arange(T) + 2]
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 1, rewritten.report.misses
+    (match,) = rewritten.report.graphs[0].outcomes["qk_norm_rope_gate"].matches
+    assert joined or match.detail.endswith("cache in place")
 
 
 KEPT: dict[str, tuple[str, Callable[..., Any]]] = {
