@@ -93,10 +93,13 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
     whole = cache.meta["val"].shape
     if given.dim() != 4 or type(start) is not int or start < 0 or type(length) is not int:
         return False
+    if place.args[4:] not in ((), (1,)) or storage_of(values) == storage_of(cache):  # type: ignore[arg-type, union-attr]
+        return False
     wanted = [*whole[:dim], length, *whole[dim + 1 :]]
     if place.args[1] % 4 != dim or not equal_sizes(given.shape, wanted):  # type: ignore[operator, union-attr]
         return False
-    if new.dtype != given.dtype or not equal_sizes(new.shape, given.shape):  # type: ignore[union-attr]
+    alike = (new.dtype, new.device) == (given.dtype, given.device)  # type: ignore[union-attr]
+    if not alike or not equal_sizes(new.shape, given.shape):  # type: ignore[union-attr]
         return False
     aten, span = torch.ops.aten, (start, start + length)
     position = {node: i for i, node in enumerate(program.graph.nodes)}
@@ -117,20 +120,21 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
 
 def _turned_write(program: Program, write: Node) -> None:
     aten = torch.ops.aten
-    cache, _, positions, values = write.args
+    given, _, positions, values = write.args
     first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    with program.graph.inserting_before(first if cache.op == "placeholder" else write):  # type: ignore[union-attr]
-        cache = call(program, write, aten.transpose.int, cache, 1, 2)
+    with program.graph.inserting_before(first if given.op == "placeholder" else write):  # type: ignore[union-attr]
+        cache = call(program, write, aten.transpose.int, given, 1, 2)
     with program.graph.inserting_before(write):
         values = call(program, write, aten.transpose.int, values, 1, 2)
         new = call(program, write, aten.index_copy_.default, cache, 2, positions, values)
         back = call(program, write, aten.transpose.int, new, 1, 2)
+    write.replace_all_uses_with(given, lambda user: user.op == "output")
     write.replace_all_uses_with(back)
     program.graph.erase_node(write)
 
 
 def _turned_tokens(program: Program, tokens: Node) -> None:
-    aten, users = torch.ops.aten, list(tokens.users)
+    aten, users = torch.ops.aten, [user for user in tokens.users if user.op != "output"]
     with program.graph.inserting_after(tokens):
         turned = call(program, tokens, aten.transpose.int, tokens, 1, 2)
     for user in users:

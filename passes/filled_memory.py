@@ -18,22 +18,26 @@ from fxfuse.passes.storage_writes import (
     equal_sizes,
     is_contiguous,
     layout_shows,
+    same_layout,
     storage_of,
     written_by,
 )
 from fxfuse.patterns import ops
 
 _EMPTY = ("aten.empty.memory_format", "aten.empty_like.default", "aten.new_empty.default")
+# Refuse what lies in another order.
+_OF_STRIDES = ("aten.view.default", ops.VIEW_AS, "aten.view.dtype", "aten.view_as_complex.default")
 
 
 def spell_filled_memory(program: Program) -> None:
     """Rewrite in place; what overlaps, leaves gaps, is read in between or written to later stays."""
     if program.needs_gradients:
         return
-    writes, shown, changed = StorageWrites(program.graph), layout_shows(program.graph), False
+    writes, changed = StorageWrites(program.graph), False
+    fixed = layout_shows(program.graph) | {storage_of(n) for n in program.calls(*_OF_STRIDES)}
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     for made in program.calls(ops.CLONE, *_EMPTY):
-        if not writes.is_written(made) or (storage_of(made) in shown and not is_contiguous(made.meta["val"])):
+        if not writes.is_written(made) or (storage_of(made) in fixed and not is_contiguous(made.meta["val"])):
             continue
         fills = _fills(made, position)
         if fills is None:
@@ -50,6 +54,11 @@ def spell_filled_memory(program: Program) -> None:
                 for p in parts
             ]
             whole = call(program, made, aten.cat.default, read, dim)
+        program.refresh()
+        if storage_of(made) in fixed and not same_layout(whole.meta["val"], made.meta["val"]):
+            for node in (whole, *(n for n in read if n not in parts)):
+                program.graph.erase_node(node)  # channels lie last in a cat of parts where they do
+            continue
         made.replace_all_uses_with(whole, lambda user, own=places: user not in own.values())  # type: ignore[misc]
         for copy, place in places.items():
             program.graph.erase_node(copy)
@@ -115,7 +124,7 @@ def _parts(
     for (_, start, end), write in sorted((_interval(place), write) for write, place in places.items()):  # type: ignore[type-var, misc]
         new = write.args[1]
         known = value_of(new)
-        if known is None or known.dtype != value.dtype or start < at:
+        if known is None or (known.dtype, known.device) != (value.dtype, value.device) or start < at:
             return None
         if not equal_sizes(known.shape, places[write].meta["val"].shape):
             return None

@@ -812,29 +812,58 @@ CACHES: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CACHES)
-@pytest.mark.parametrize("tokens_first", [False, True])
-def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
-    write, dim = CACHES[name], 1 if tokens_first else 2
-    joined = name == "appended to"
-
+def with_caches(write: Callable[..., Any], tokens_first: bool, joined: bool = False) -> Callable[..., Any]:
     def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, p: Tensor) -> Any:
         q, k, v = (F.linear(x, w).view(B, T, -1, D) for w in (m.wq, m.wk, m.wv))
         c, s = cos[:, None], sin[:, None]
         q, k = (y * c + rotate_cat(y) * s for y in (q, k))
         k, v = (y if tokens_first else y.transpose(1, 2) for y in (k, v))
-        k, v = (write(cache, y, p, dim)[1] for cache, y in ((keys, k), (values, v)))
+        k, v = (write(cache, y, p, 1 if tokens_first else 2)[1] for cache, y in ((keys, k), (values, v)))
         both = [y.transpose(1, 2) if tokens_first else y for y in (k, v)]
         y = F.scaled_dot_product_attention(q.transpose(1, 2), *both, enable_gqa=True).transpose(1, 2)
         return [y, k, v] if joined else y
 
+    return compute
+
+
+def given_caches(tokens_first: bool) -> list[Tensor]:
     caches = two(B, 9, 1, D) if tokens_first else two(B, 1, 9, D)
-    module, given = Block(compute), [*hidden(), *ANGLES, *caches, torch.arange(T) + 2]
+    return [*hidden(), *ANGLES, *caches, torch.arange(T) + 2]
+
+
+@pytest.mark.parametrize("name", CACHES)
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
+    joined = name == "appended to"
+    module, given = Block(with_caches(CACHES[name], tokens_first, joined)), given_caches(tokens_first)
     rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 1, rewritten.report.misses
     (match,) = rewritten.report.graphs[0].outcomes["qk_norm_rope_gate"].matches
     assert joined or match.detail.endswith("cache in place")
+
+
+@pytest.mark.parametrize("tokens_first", [False, True])
+def test_every_other_row_of_a_cache_stays_one(tokens_first: bool) -> None:
+    module = Block(
+        with_caches(
+            lambda c, k, p, dim: (c[(slice(None),) * dim + (slice(0, 9, 2),)].copy_(k), c), tokens_first
+        )
+    )
+    given = given_caches(tokens_first)
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+
+
+@pytest.mark.parametrize("name", ["a part of it is assigned", "index_copy_"])
+def test_caches_that_are_returned_are_the_same_tensors(name: str) -> None:
+    block = Block(with_caches(CACHES[name], True, joined=True))
+    block.forward = lambda *inputs: block.compute(block, *inputs)  # type: ignore[method-assign]
+    given = given_caches(True)
+    rewritten = rewrite(block, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert rewritten.report.matched == 1, rewritten.report.misses
+    _, keys, values = rewritten.graph_module(*given)
+    assert keys is given[3] and values is given[4]
 
 
 KEPT: dict[str, tuple[str, Callable[..., Any]]] = {
