@@ -120,6 +120,8 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
     for reading in readings(program, found, region, weights, angles):
         if any(p.linear.meta["val"].dtype != dtype for p in (reading.query, reading.key, reading.value)):
             raise Refused(found.query, "its projections and its query differ in dtype")
+        if guards.position[reading.value.linear] >= last:
+            raise Refused(reading.value.linear, "its value is computed after the query or key is read")
         heads = torch.empty(1, 1, 1, found.query.meta["val"].shape[3], device="meta", dtype=dtype)
         rest = (*reading.weights, *reading.cos_sin, *found.caches)
         limit = unsupported("qk_norm_rope", heads, heads, *(n.meta["val"] for n in rest if n is not None))
@@ -144,10 +146,13 @@ def _accepted(program: Program, guards: Guards, judge: Judge, found: Candidate) 
 
 
 def _first_user(guards: Guards, found: Candidate, region: Sequence[Node]) -> Node | None:
-    """What reads a result before the last of them is there, None where nothing does."""
+    """What reads a result first, None where all of them and the value are there at the end of the region."""
     users = {user for result in found.results for user in result.users if user not in region}
     first = min(users, key=lambda user: guards.position.get(user, 0), default=None)
-    return None if first is None or guards.position[first] > guards.position[region[-1]] else first
+    end = guards.position[region[-1]]
+    if first is None or max(guards.position[found.value], end) == end < guards.position[first]:
+        return None
+    return first
 
 
 def _start(guards: Guards, positions: Any, last: Node) -> Any:

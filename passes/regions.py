@@ -150,7 +150,7 @@ class Guards:
         inside, written = set(region), {storage_of(state) for state in states}
         own = {storage_of(node) for node in region} - {None}
         given = {storage_of(node) for node in read_by(region)} - {None}
-        first, last = self.position[region[0]], self.position[at]
+        first, last = self.position[region[0]], max(self.position[at], self.position[region[-1]])
         for node, place in self.position.items():
             if node in inside:
                 for target in written_by(node):

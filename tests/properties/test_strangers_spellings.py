@@ -831,6 +831,36 @@ def given_caches(tokens_first: bool) -> list[Tensor]:
     return [*hidden(), *ANGLES, *caches, torch.arange(T) + 2]
 
 
+def test_angles_are_not_written_between_query_and_key() -> None:
+    def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        q, v, k = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wv, m.wk))
+        q = q * cos + rotate_cat(q) * sin
+        read = q * 2
+        cos.mul_(0.5)
+        k = k * cos + rotate_cat(k) * sin
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True), read
+
+    module, given = Block(compute), [*hidden(), *ANGLES]
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_a_value_may_be_projected_last(read: bool) -> None:
+    def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Any:
+        q, k = (F.linear(x, w).view(B, T, -1, D).transpose(1, 2) for w in (m.wq, m.wk))
+        q, k = (y * cos + rotate_cat(y) * sin for y in (q, k))
+        shown = [q * 2] if read else []
+        v = F.linear(x, m.wv).view(B, T, -1, D).transpose(1, 2)
+        return [F.scaled_dot_product_attention(q, k, v, enable_gqa=True), *shown]
+
+    module, given = Block(compute), [*hidden(), *ANGLES]
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == (not read)
+    assert not any("undone" in miss.reason for miss in rewritten.report.misses)
+
+
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("tokens_first", [False, True])
 def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
