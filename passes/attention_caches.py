@@ -93,7 +93,7 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
     whole = cache.meta["val"].shape
     if given.dim() != 4 or type(start) is not int or start < 0 or type(length) is not int:
         return False
-    if place.args[4:] not in ((), (1,)) or storage_of(values) == storage_of(cache):  # type: ignore[arg-type, union-attr]
+    if any(step != 1 for step in place.args[4:]) or storage_of(values) == storage_of(cache):  # type: ignore[arg-type, union-attr]
         return False
     wanted = [*whole[:dim], length, *whole[dim + 1 :]]
     if place.args[1] % 4 != dim or not equal_sizes(given.shape, wanted):  # type: ignore[operator, union-attr]
@@ -120,9 +120,10 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
 
 def _turned_write(program: Program, write: Node) -> None:
     aten = torch.ops.aten
-    given, _, positions, values = write.args
+    given: Any = write.args[0]
+    positions, values = write.args[2:]
     first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    with program.graph.inserting_before(first if given.op == "placeholder" else write):  # type: ignore[union-attr]
+    with program.graph.inserting_before(first if given.op == "placeholder" else write):
         cache = call(program, write, aten.transpose.int, given, 1, 2)
     with program.graph.inserting_before(write):
         values = call(program, write, aten.transpose.int, values, 1, 2)
