@@ -226,7 +226,7 @@ def _replace(
 
 
 def _zero_centred(program: Program, like: Node, weight: Node | None, reading: Reading) -> Node | None:
-    """w − 1 of a norm that multiplies by w, in float32, where it loses nothing."""
+    """w − 1 of a norm that multiplies by w, in float32: exact from 0.5 to 2, within 3e-8 around it."""
     if weight is None or reading.centred:
         return weight
     aten = torch.ops.aten

@@ -310,7 +310,7 @@ class Prologue(nn.Module):
     def normed(self, x: Tensor, weight: Tensor) -> Tensor:
         if self.change == "no norms":
             return x
-        one = 0.0 if self.change == "a plain norm" else 1.0
+        one = {"plain norms": 0.0, "weights off by two": 2.0}.get(self.change, 1.0)
         if self.spelling:
             return (one + weight) * (x / torch.sqrt(EPS + (x * x).sum(-1, keepdim=True) / D))
         return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * (one + weight)
@@ -375,7 +375,7 @@ def test_a_prologue_is_one_call_with_the_writes_of_its_cache(spelling: str, leng
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ("a plain norm", "random values"),
+        ("weights off by two", "random values"),
         ("pairs side by side", "random values"),
         ("turned the other way", "random values"),
         ("another value", "random values"),
@@ -386,6 +386,11 @@ def test_what_is_not_quite_a_prologue_stays_as_it_is(change: str, reason: str) -
     found = rewrite_and_compare(Prologue(change), attention_inputs(5), ["qk_norm_rope_gate"])
     assert calls(found, "qk_norm_rope_gate") == 0
     assert [reason in miss.reason for miss in found.report.misses] == [True]
+
+
+def test_plain_norms_have_weights_off_by_one() -> None:
+    found = rewrite_and_compare(Prologue("plain norms"), attention_inputs(5), ["qk_norm_rope_gate"])
+    assert calls(found, "qk_norm_rope_gate") == 1
 
 
 @pytest.mark.parametrize("length", [1, 5])
