@@ -146,6 +146,7 @@ IN_SUMS_OVER_TAPS = (
             MATMUL,
             "aten.addcmul.default",
             "aten.linalg_vecdot.default",
+            "aten.mean.dim",
             "aten.sum.dim_IntList",
             "aten.unfold.default",
         }
