@@ -4,7 +4,7 @@ Before: out, state = chunk_gated_delta_rule(repeat(q, r), repeat(k, r), v, g, β
 After:  out, state = chunk_gated_delta_rule(q, k, v, g, β, state)                         v: [B, T, r·Hk, dv]
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -19,21 +19,36 @@ from fxfuse.patterns import ops, readings
 RULE = "grouped_delta_rule"
 
 
-def _repeat(judge: Judge, node: object) -> tuple[Node, int, list[Node]] | None:
-    """What a query or key repeats for each value head of its group, how often, and by which calls."""
-    if not isinstance(node, Node) or node.meta["val"].dim() != 4:
-        return None
-    if str(node.target) == readings.REPEATED_HEADS:
-        given, times, dim = (*node.args, node.kwargs.get("dim"))[:3]
-        if isinstance(given, Node) and isinstance(times, int) and dim in (2, -2):
-            return given, times, [node]
+def repeats(node: Node) -> Iterator[tuple[Node, int]]:
+    """What a query or key [B, T, H, d] may repeat for each value head of its group, and how often."""
+    spelled = _repeat_by_name(node)
+    if spelled is not None:
+        yield spelled
     heads, source = node.meta["val"].shape[2], node
     while str(source.target) in readings.REPEATS | ops.LAYOUT and isinstance(source.args[0], Node):
         source = source.args[0]
         few = source.meta["val"].shape[2] if source.meta["val"].dim() == 4 else heads
-        if not isinstance(few, int) or not isinstance(heads, int) or not 0 < few < heads or heads % few:
-            continue
-        region, times = behind([node], {source}), heads // few
+        if isinstance(few, int) and isinstance(heads, int) and 0 < few < heads and heads % few == 0:
+            yield source, heads // few
+
+
+def _repeat_by_name(node: Node) -> tuple[Node, int] | None:
+    if str(node.target) != readings.REPEATED_HEADS:
+        return None
+    given, times, dim = (*node.args, node.kwargs.get("dim"))[:3]
+    alike = isinstance(given, Node) and isinstance(times, int) and dim in (2, -2)
+    return (given, times) if alike else None  # type: ignore[return-value]
+
+
+def _repeat(judge: Judge, node: object) -> tuple[Node, int, list[Node]] | None:
+    """What a query or key repeats for each value head of its group, how often, and by which calls."""
+    if not isinstance(node, Node) or node.meta["val"].dim() != 4:
+        return None
+    spelled = _repeat_by_name(node)
+    if spelled is not None:
+        return (*spelled, [node])
+    for source, times in repeats(node):
+        region = behind([node], {source})
 
         def repeated(values: Mapping[Node, Any], read: Node = source, times: int = times) -> Sequence[Tensor]:
             return [values[read].repeat_interleave(times, dim=2)]

@@ -9,6 +9,7 @@ SAME_AS = {
     "aten.concat.default": "aten.cat.default",
     "aten.concatenate.default": "aten.cat.default",
     "aten.broadcast_to.default": "aten.expand.default",
+    "aten.clip.default": "aten.clamp.default",
     "aten.divide.Tensor": "aten.div.Tensor",
     "aten.multiply.Tensor": "aten.mul.Tensor",
     "aten.negative.default": "aten.neg.default",

@@ -35,7 +35,11 @@ SUMS = {
 # Tensors of nothing but zeros.
 ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"})
 
-LOWER_BOUNDS = frozenset({"aten.clamp.default", "aten.clamp_min.default"})
+LOWER_BOUNDS = frozenset(
+    {"aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_min.Tensor"}
+)
+LARGER = frozenset({"aten.maximum.default", "aten.fmax.default", "aten.max.other"})
+CHOICES = frozenset({"aten.where.self", "aten.where.ScalarOther"})
 
 # Comparisons with a number, and from where on softplus(x) and x are the same in fp32.
 ABOVE = frozenset({"aten.gt.Scalar", "aten.ge.Scalar"})
@@ -142,6 +146,7 @@ IN_SUMS_OVER_TAPS = (
             MATMUL,
             "aten.addcmul.default",
             "aten.linalg_vecdot.default",
+            "aten.mean.dim",
             "aten.sum.dim_IntList",
             "aten.unfold.default",
         }

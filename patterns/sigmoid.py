@@ -11,6 +11,7 @@ from fxfuse.patterns import readings
 from fxfuse.patterns.addends import addends_of
 from fxfuse.patterns.factors import as_multiple, factors_of, negated
 from fxfuse.patterns.ops import SELECT, STACK
+from fxfuse.patterns.positive_part import is_zero
 from fxfuse.patterns.terms import Items, Term, Virtual, argument_of, uncast
 
 
@@ -80,7 +81,7 @@ def _first_of_two(term: Node) -> Iterator[Term]:
     if len(parts) != 2 or len({d % dims for d in (dim, along_scores, along)}) != 1:
         return
     x, zero = parts if place in (0, -2) else parts[::-1]
-    if str(zero.target) in readings.ZEROS:
+    if is_zero(zero):
         yield x
 
 

@@ -10,6 +10,7 @@ from torch.fx import Node
 from fxfuse.patterns import readings
 from fxfuse.patterns.addends import addends_of
 from fxfuse.patterns.factors import negated
+from fxfuse.patterns.positive_part import is_zero, positive_part_arguments
 from fxfuse.patterns.sigmoid import one_plus_exp
 from fxfuse.patterns.terms import Term, Virtual, argument_of, uncast
 
@@ -33,7 +34,7 @@ def _candidates(term: Term) -> Iterator[Any]:
         yield one_plus_exp(arguments[0])
     elif name == "aten.logaddexp.default":
         for x, zero in (arguments, arguments[::-1]):
-            if isinstance(x, Node) and isinstance(zero, Node) and str(zero.target) in readings.ZEROS:
+            if isinstance(x, Node) and is_zero(zero):
                 yield x
     elif name == "aten.where.self":
         yield from _where_small(*arguments)
@@ -41,7 +42,6 @@ def _candidates(term: Term) -> Iterator[Any]:
         logarithm = negated(term)
         minus = None if logarithm is None else argument_of("log_sigmoid", uncast(logarithm))
         yield None if minus is None else negated(minus)
-        yield from _relu_and_rest(term)
         yield from _plus_softplus_of_minus(term)
 
 
@@ -61,32 +61,20 @@ def _where_small(condition: Any, x: Any, small: Any) -> Iterator[Term]:
             yield argument
 
 
-def _relu_and_rest(term: Term) -> Iterator[Term]:
-    addends = addends_of(term)
-    if addends is None or addends[0] != 0.0 or [times for _, times in addends[1]] != [1.0, 1.0]:
-        return
-    parts = [uncast(part) for part, _ in addends[1]]
-    for relu, rest in (parts, parts[::-1]):
-        positive: Any = argument_of("relu", relu)
-        if isinstance(relu, Node) and str(relu.target) in readings.LOWER_BOUNDS and relu.args[1:] == (0,):
-            positive = relu.args[0] if not relu.kwargs else None
-        power = argument_of("log1p", rest)
-        decaying = None if power is None else argument_of("exp", uncast(power))
-        size = None if decaying is None else negated(decaying)
-        x = None if size is None else argument_of("abs", uncast(size))
-        if x is not None and positive is not None and uncast(x) is uncast(positive):
-            yield positive
-
-
 def _plus_softplus_of_minus(term: Term) -> Iterator[Term]:
+    """x + softplus(−x), relu(x) + softplus(−|x|)."""
     addends = addends_of(term)
     if addends is None or addends[0] != 0.0 or len(addends[1]) != 2:
         return
-    for (x, times), (rest, sign) in (addends[1], addends[1][::-1]):
+    for (first, times), (rest, sign) in (addends[1], addends[1][::-1]):
         own = uncast(rest)
         minus = argument_of("log_sigmoid", own) if sign == -1.0 else None  # x − log σ(x)
         if minus is None:
             found = map(negated, softplus_arguments(own)) if sign == 1.0 else ()
             minus = next((y for y in found if y is not None), None)
-        if times == 1.0 and minus is not None and uncast(minus) is uncast(x):
-            yield x
+        if times != 1.0 or minus is None:
+            continue
+        size = argument_of("abs", uncast(minus))
+        for x in [first] if size is None else positive_part_arguments(uncast(first)):
+            if uncast(x) is uncast(minus if size is None else size):
+                yield x

@@ -67,6 +67,65 @@ def test_a_query_that_is_written_in_between_is_read_as_it_was() -> None:
     assert count(result, "repeat_interleave") == 2
 
 
+def normed(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)
+
+
+REPEATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "repeat_interleave": lambda x: x.repeat_interleave(3, dim=2),
+    "expand": lambda x: x[:, :, :, None].expand(-1, -1, -1, 3, -1).flatten(2, 3),
+    "stack": lambda x: torch.stack([x] * 3, dim=3).flatten(2, 3),
+    "index": lambda x: x[:, :, torch.arange(6) // 3],
+    "repeat": lambda x: x.unsqueeze(3).repeat(1, 1, 1, 3, 1).flatten(2, 3),
+}
+
+
+class Normed(nn.Module):
+    """Query and key are normalised, and then their heads repeated; or one of them the other way round."""
+
+    def __init__(self, repeat: Callable[[Tensor], Tensor], query_first: bool = False) -> None:
+        super().__init__()
+        self.repeat, self.query_first = repeat, query_first
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+        q, k = (x.unflatten(-1, (2, 4)) for x in (q, k))
+        q = normed(self.repeat(q)) if self.query_first else self.repeat(normed(q))
+        return torch.ops.fxfuse.chunk_gated_delta_rule(q, self.repeat(normed(k)), v, g, beta, None, False)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("query_first", [False, True])
+@pytest.mark.parametrize("repeat", REPEATS)
+def test_heads_that_are_normalised_before_they_are_repeated(
+    repeat: str, query_first: bool, dynamic: bool
+) -> None:
+    q, k, *others = drawn(3)
+    module, given = Normed(REPEATS[repeat], query_first), [q.flatten(2), k.flatten(2), *others]
+    result = rewrite(module, given, passes=("l2_norm", PASS), dynamic=dynamic)
+    (rule,) = (n for n in result.graph_module.graph.nodes if "chunk_gated" in str(n.target))
+    assert [n.meta["val"].shape[2] for n in rule.args[:2]] == [2, 2] and rule.args[6] is True
+    torch.testing.assert_close(result.graph_module(*given), module(*given))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"), [("tiled", ""), ("written", "is written before the rule reads it")]
+)
+def test_a_norm_stays_whose_heads_are_repeated_otherwise_or_written(change: str, reason: str) -> None:
+    def repeat(x: Tensor) -> Tensor:
+        return x.repeat(1, 1, 3, 1) if change == "tiled" else x.repeat_interleave(3, dim=2)
+
+    class Changed(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor) -> Any:
+            heads = repeat(normed(q)), repeat(normed(k))
+            if change == "written":
+                k.mul_(2)
+            return torch.ops.fxfuse.chunk_gated_delta_rule(*heads, v, g, beta, None, False)
+
+    result = rewrite(Changed(), drawn(3), passes="l2_norm")
+    assert result.report.matched == 0 and reason in "".join(miss.reason for miss in result.report.misses)
+    torch.testing.assert_close(result.graph_module(*drawn(3)), Changed()(*drawn(3)))
+
+
 @pytest.mark.parametrize("ratio", [1, 3])
 def test_a_prompt_lowered_for_cuda_has_the_kernels_and_no_repeats(ratio: int) -> None:
     config = Qwen3_5TextConfig(

@@ -73,6 +73,7 @@ CONVOLUTIONS: dict[str, Callable[..., Any]] = {
     "einsum": stepped(lambda m, new, state: torch.einsum("bck,ck->bc", new[..., 1:], m.taps[:, 0])),
     "einsum and a bias": stepped(lambda m, new, state: torch.einsum("bck,cok->bc", state, m.taps) + m.w),
     "vecdot": stepped(lambda m, new, state: torch.linalg.vecdot(state, m.taps.squeeze(1))),
+    "mean times the number of taps": stepped(lambda m, new, state: (state * m.taps[:, 0]).mean(-1) * 4),
     "matmul": stepped(lambda m, new, state: (new[:, :, None, 1:] @ m.taps.mT[None]).squeeze(-1)),
     "one tap after the other": stepped(
         lambda m, new, state: sum(new[..., i + 1 : i + 2] * m.taps[..., i] for i in range(4))

@@ -443,6 +443,28 @@ GDN_GATES: dict[str, Callable[..., Any]] = {
 }
 
 
+GDN_GATES |= {
+    f"{name} + log1p": gates(lambda a, part=part: part(a) + (-a.abs()).exp().log1p())  # type: ignore[misc]
+    for name, part in {
+        "maximum": lambda a: torch.maximum(a, torch.zeros_like(a)),
+        "maximum of a constant": lambda a: torch.maximum(torch.tensor(0.0), a),
+        "max": lambda a: torch.max(a, a.new_zeros(1)),
+        "fmax": lambda a: torch.fmax(a, torch.full((), 0.0)),
+        "clip": lambda a: torch.clip(a, min=0.0),
+        "clamp, a tensor": lambda a: torch.clamp(a, min=torch.zeros_like(a)),
+        "a * (a > 0)": lambda a: a * (a > 0),
+        "(a >= 0) as a number, times a": lambda a: (a >= 0).to(a.dtype) * a,
+        "a where it is positive, else 0": lambda a: torch.where(a > 0, a, 0.0),
+    }.items()
+}
+GDN_GATES |= {
+    "logaddexp with a constant": gates(lambda a: torch.logaddexp(a, torch.tensor(0.0))),
+    "relu + softplus": gates(lambda a: a.relu() + F.softplus(-a.abs())),
+    "relu - logsigmoid": gates(lambda a: a.relu() - F.logsigmoid(a.abs())),
+    "relu + log(1 + exp)": gates(lambda a: a.relu() + torch.log(1 + torch.exp(-a.abs()))),
+}
+
+
 def last_tap_first(m: Any, x: Tensor) -> Tensor:
     x = x.transpose(1, 2)
     y = m.taps[:, 0, 3].view(1, -1, 1) * x
@@ -622,6 +644,14 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
     "softplus that is linear too early": (
         "gdn_gates",
         gates(lambda a: torch.where(a > 1.0, a, a.exp().log1p())),
+    ),
+    "softplus of what is no positive part": (
+        "gdn_gates",
+        gates(lambda a: torch.maximum(a, torch.full_like(a, 0.1)) + (-a.abs()).exp().log1p()),
+    ),
+    "softplus where it is larger than one": (
+        "gdn_gates",
+        gates(lambda a: a * (a > 1) + (-a.abs()).exp().log1p()),
     ),
     "a rotation of pairs side by side": ("qk_norm_rope_gate", attention(turn=pairs_side_by_side)),
     "a linear as a sum of products is no matrix product": (
