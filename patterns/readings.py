@@ -38,6 +38,7 @@ ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_ze
 LOWER_BOUNDS = frozenset(
     {"aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_min.Tensor"}
 )
+UPPER_BOUNDS = {"aten.clamp.default": 3, "aten.clamp_max.default": 2}  # how many arguments one has
 LARGER = frozenset({"aten.maximum.default", "aten.fmax.default", "aten.max.other"})
 CHOICES = frozenset({"aten.where.self", "aten.where.ScalarOther"})
 

@@ -57,8 +57,19 @@ def _where_small(condition: Any, x: Any, small: Any) -> Iterator[Term]:
     if not isinstance(threshold, (int, float)) or threshold < readings.SOFTPLUS_IS_LINEAR:
         return
     for argument in softplus_arguments(uncast(small)):
-        if uncast(argument) is uncast(x) is uncast(compared):
-            yield argument
+        if _unbounded(argument, threshold) is uncast(x) is uncast(compared):
+            yield x
+
+
+def _unbounded(term: Term, least: float) -> Term:
+    """The x of min(x, c) for a c past which nobody looks."""
+    given: Any = uncast(term)
+    arguments = given.args if isinstance(given, Node) and not given.kwargs else ()
+    if not arguments or readings.UPPER_BOUNDS.get(str(given.target)) != len(arguments):
+        return given  # type: ignore[no-any-return]
+    x, *lower, bound = arguments
+    alone = lower in ([], [None]) and isinstance(bound, (int, float)) and bound >= least
+    return uncast(x) if alone else given  # type: ignore[arg-type, no-any-return]
 
 
 def _plus_softplus_of_minus(term: Term) -> Iterator[Term]:

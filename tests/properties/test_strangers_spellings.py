@@ -459,6 +459,12 @@ GDN_GATES |= {
 }
 GDN_GATES |= {
     "logaddexp with a constant": gates(lambda a: torch.logaddexp(a, torch.tensor(0.0))),
+    "where, exp of a bounded": gates(
+        lambda a: torch.where(a > 20.0, a, torch.log1p(torch.exp(torch.clamp(a, max=20.0))))
+    ),
+    "where, exp of a bounded, the other way": gates(
+        lambda a: torch.where(a <= 20.0, a.clamp_max(30.0).exp().log1p(), a)
+    ),
     "relu + softplus": gates(lambda a: a.relu() + F.softplus(-a.abs())),
     "relu - logsigmoid": gates(lambda a: a.relu() - F.logsigmoid(a.abs())),
     "relu + log(1 + exp)": gates(lambda a: a.relu() + torch.log(1 + torch.exp(-a.abs()))),
@@ -648,6 +654,10 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
     "softplus of what is no positive part": (
         "gdn_gates",
         gates(lambda a: torch.maximum(a, torch.full_like(a, 0.1)) + (-a.abs()).exp().log1p()),
+    ),
+    "softplus that is bounded below its threshold": (
+        "gdn_gates",
+        gates(lambda a: torch.where(a > 20.0, a, a.clamp(max=2.0).exp().log1p())),
     ),
     "softplus where it is larger than one": (
         "gdn_gates",
