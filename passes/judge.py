@@ -115,6 +115,10 @@ class Judge:
                     got = [*candidate(ours), *(ours[s] for s in states)]
                 except ShapeError as error:  # the operator's own word on what it does not take
                     raise Refused(outputs[0], str(error)) from error
+                except KeyError as error:  # an input that the region does not read
+                    if not isinstance(error.args[0], Node):
+                        raise
+                    raise Refused(outputs[0], "one of its inputs is computed from another") from error
                 except (RuntimeError, IndexError):  # where the region runs
                     return False
                 if not _all_close(expected, got):

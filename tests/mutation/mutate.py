@@ -156,7 +156,7 @@ FAULTS = (
     Fault("passes/judge.py", "if not _all_close(expected, shown(without, others)):", "if each.acts(values, without):", PASSES + "test_judge.py"),
     Fault("passes/judge.py", "elif each.acts(values, without):", "else:", PASSES + "test_judge.py"),
     Fault("passes/recurrent_gated_delta_rule.py", "if not own or not shape[1]:", "if not own:", EMPTY),
-    Fault("passes/grouped_delta_rule.py", "not 0 < few < heads or", "few >= heads or", EMPTY),
+    Fault("passes/grouped_delta_rule.py", "and 0 < few < heads and", "and few < heads and", EMPTY),
     Fault("passes/grouped_query_attention.py", "and 0 < shape[1] < heads and", "and shape[1] < heads and", EMPTY),
     Fault("passes/one_query_attention.py", "if any(statically_known_true(size == 0)", "if False and any(statically_known_true(size == 0)", EMPTY),
     Fault("passes/gdn_decode.py", "divmod(channels - heads * dv, 2 * dk) if dk else (0, 0)", "divmod(channels - heads * dv, 2 * dk)", EMPTY),

@@ -126,6 +126,18 @@ def test_what_few_values_show_takes_more_trials(heads: int) -> None:
     assert "gdn_gates" in rules(rewrite(Gates(), inputs, target="cuda", dynamic=False))
 
 
+def test_an_argument_that_is_computed_from_another_is_refused() -> None:
+    class Gates(nn.Module):
+        def forward(self, q: Tensor, k: Tensor, v: Tensor, a: Tensor, rate: Tensor, bias: Tensor) -> Any:
+            softplus = F.softplus(a + bias)
+            g, beta = -rate.exp() * softplus, softplus.sigmoid()
+            return torch.ops.fxfuse.chunk_gated_delta_rule(q, k, v, g, beta, None, True)
+
+    inputs = [*torch.randn(3, 1, 1, 2, 4), torch.randn(1, 1, 2), *torch.randn(2, 2)]
+    report = rewrite(Gates(), inputs, target="cuda", dynamic=False).report
+    assert [miss.reason for miss in report.misses] == ["one of its inputs is computed from another"]
+
+
 def judged(
     function: Callable[[Tensor], Tensor], candidate: Callable[[Tensor], Tensor], values: int = 64
 ) -> bool:
