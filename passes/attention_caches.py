@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from fxfuse.passes.filled_memory import interval_of
 from fxfuse.passes.linear_spellings import value_of
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call, writers_of
@@ -22,7 +23,6 @@ from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
 
 INDEX_COPY = "aten.index_copy_.default"
-_PLACES = ("aten.slice.Tensor", "aten.narrow.default")
 
 
 def origin_of(node: Node) -> tuple[Node, bool]:
@@ -85,23 +85,15 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
     if write is None or str(write.target) != "aten.copy_.default" or len(write.args) != 2 or write.users:
         return False
     place, values = write.args
-    if value_of(values) is None or str(place.target) not in _PLACES or place.args[0] is not cache:  # type: ignore[union-attr]
+    if value_of(values) is None or place.args[:1] != (cache,):  # type: ignore[union-attr]
         return False
-    given, new = place.meta["val"], value_of(values)  # type: ignore[union-attr]
-    start = place.args[2]  # type: ignore[union-attr]
-    length = given.shape[dim] if given.dim() == 4 else None
-    whole = cache.meta["val"].shape
-    if given.dim() != 4 or type(start) is not int or start < 0 or type(length) is not int:
-        return False
-    if any(step != 1 for step in place.args[4:]) or storage_of(values) == storage_of(cache):  # type: ignore[arg-type, union-attr]
-        return False
-    wanted = [*whole[:dim], length, *whole[dim + 1 :]]
-    if place.args[1] % 4 != dim or not equal_sizes(given.shape, wanted):  # type: ignore[operator, union-attr]
+    given, new, part = place.meta["val"], value_of(values), interval_of(place)  # type: ignore[arg-type, union-attr]
+    if part is None or part[0] != dim or given.dim() != 4 or storage_of(values) == storage_of(cache):  # type: ignore[arg-type]
         return False
     alike = (new.dtype, new.device) == (given.dtype, given.device)  # type: ignore[union-attr]
     if not alike or not equal_sizes(new.shape, given.shape):  # type: ignore[union-attr]
         return False
-    aten, span = torch.ops.aten, (start, start + length)
+    aten, span = torch.ops.aten, part[1:]
     position = {node: i for i, node in enumerate(program.graph.nodes)}
     if span not in known:
         first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))

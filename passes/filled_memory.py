@@ -75,7 +75,7 @@ def _fills(made: Node, position: dict[Node, int]) -> tuple[int, dict[Node, Node]
     dims = set()
     for place in made.users:
         (write,) = place.users if len(place.users) == 1 else (None,)
-        found = None if write is None or written_by(write) != [place] else _interval(place)
+        found = None if write is None or written_by(write) != [place] else interval_of(place)
         if found is None:
             continue
         if str(write.target) != "aten.copy_.default" or len(write.args) != 2 or write.kwargs or write.users:  # type: ignore[union-attr]
@@ -94,7 +94,7 @@ def _fills(made: Node, position: dict[Node, int]) -> tuple[int, dict[Node, Node]
     return dims.pop(), places
 
 
-def _interval(place: Node) -> tuple[int, int, int] | None:
+def interval_of(place: Node) -> tuple[int, int, int] | None:
     """Dimension, start and end of a place that is a part of its memory along one dimension."""
     given: tuple[Any, ...] = place.args
     whole, value = value_of(given[0]), value_of(place)
@@ -121,7 +121,7 @@ def _parts(
     """What fills the memory from its start to its end, None if that is unknown; a pair stays as it was."""
     value, at = made.meta["val"], 0
     parts: list[Node | tuple[int, int]] = []
-    for (_, start, end), write in sorted((_interval(place), write) for write, place in places.items()):  # type: ignore[type-var, misc]
+    for (_, start, end), write in sorted((interval_of(place), write) for write, place in places.items()):  # type: ignore[type-var, misc]
         new = write.args[1]
         known = value_of(new)
         if known is None or (known.dtype, known.device) != (value.dtype, value.device) or start < at:

@@ -78,19 +78,21 @@ def test_no_gradient_passes_a_view_of_what_is_detached(filled_later: bool) -> No
     assert_same_gradient(Frozen())
 
 
+class Beside(nn.Module):
+    """Two frozen linears that merge, beside a linear of what is made of their input."""
+
+    def __init__(self, value: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.value = value
+        self.a, self.b, self.c = (nn.Linear(6, 5, bias=False) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) * self.b(x) + self.c(self.value(x))
+
+
 @pytest.mark.parametrize("idle", [lambda x: x.view_as(x), lambda x: x.clone()], ids=["view", "clone"])
 def test_no_gradient_passes_what_is_made_where_gradients_are_off(idle: Callable[[Tensor], Tensor]) -> None:
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(6, 5, bias=False) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                y = idle(x)
-            return self.a(x) * self.b(x) + self.c(y)
-
-    assert_same_gradient(Frozen())
+    assert_same_gradient(Beside(torch.no_grad()(idle)))
 
 
 STORED: dict[str, Callable[[Tensor], Tensor]] = {
@@ -104,15 +106,7 @@ STORED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("value", STORED.values(), ids=STORED)
 def test_gradients_pass_what_is_stored(value: Callable[[Tensor], Tensor]) -> None:
-    class Frozen(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c = (nn.Linear(6, 5, bias=False) for _ in range(3))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x) * self.b(x) + self.c(value(x))
-
-    assert_same_gradient(Frozen())
+    assert_same_gradient(Beside(value))
 
 
 class Switched(nn.Module):
