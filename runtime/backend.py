@@ -2,11 +2,8 @@
 
 import logging
 import time
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from contextvars import ContextVar
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,9 +11,8 @@ from torch import nn
 from torch._dynamo.exc import RestartAnalysis
 from torch.fx import GraphModule, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from fxfuse.errors import FxfuseError, UnsupportedModelError
+from fxfuse.errors import FxfuseError, UnsupportedModelError, in_one_line
 from fxfuse.passes import pipeline
 from fxfuse.passes.program import Weight
 from fxfuse.runtime import (
@@ -24,39 +20,21 @@ from fxfuse.runtime import (
     cuda_graphs,
     inner,
     leaves,
-    live_weights,
     one_row_speed,
     trained_as_it_was,
 )
+from fxfuse.runtime.filled_calls import filled_call
 from fxfuse.runtime.launches import blocks_of
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.original import as_it_was
 from fxfuse.runtime.parameter_names import dotted_source, unique_names
-from fxfuse.runtime.parts import Filled, Rewriting, Untraceable
+from fxfuse.runtime.parts import Rewriting, Untraceable
 from fxfuse.runtime.refusals import other_tensors, refusals_of
-from fxfuse.runtime.report import GraphRecord, Report, announce
+from fxfuse.runtime.report import GraphRecord, announce
+from fxfuse.runtime.sessions import Session, session_of
 from fxfuse.runtime.verify import verified
 
 log = logging.getLogger("fxfuse")
-
-ALIASED = (
-    "tensors taken from the parameters before the first call, such as a state dict, no longer share their "
-    "memory: writing to one does not change the model"
-)
-
-
-@dataclass
-class Session:
-    """For whom a graph is compiled: the model if it is known, and the report that its graphs go to."""
-
-    report: Report = field(default_factory=Report)
-    model: nn.Module | None = None
-    dry_run: bool = False
-    refusals: dict[str, str] | None = None
-    anonymous: bool = False
-
-
-current_session: ContextVar[Session | None] = ContextVar("fxfuse_session", default=None)
 
 
 def backend(
@@ -72,7 +50,7 @@ def backend(
     place with a warning, or raises under strict.
     """
     chosen = Options.of({**(options or {}), **({"mode": mode} if mode is not None else {})})
-    session = current_session.get() or _anonymous(example_inputs)
+    session = session_of(example_inputs)
     original = as_it_was(graph_module)
     try:
         return _compiled(graph_module, original, list(example_inputs), chosen, session)
@@ -81,7 +59,7 @@ def backend(
     except Exception as error:
         if chosen.strict:
             raise
-        reason = f"a graph runs as it was, because compiling it failed: {_summary(error)}"
+        reason = f"a graph runs as it was, because compiling it failed: {in_one_line(error)}"
         if any(isinstance(x, torch.SymInt) for x in example_inputs):
             reason += "; its sizes vary: with dynamic=False a graph is compiled for each of them"
         session.report.failures += 1
@@ -107,8 +85,8 @@ def _compiled(
     started = time.perf_counter()
     leaves.install()  # for the graphs after this one: a family may have been loaded since the last
     chosen_inner, why = inner.available(options.inner, inputs)
-    if why is not None and session.report.note(why):
-        log.warning(why)
+    if why is not None:
+        session.report.warn(why)
     target = options.target_for(inputs)
     on_cpu = target == "cpu" and chosen_inner == "inductor"
     passes = pipeline.selected(options.passes, chosen_inner, target)
@@ -152,9 +130,7 @@ def _compiled(
         how = "it is compiled as it is" if trains else "it runs as it was"
         with beside:
             run = trained_as_it_was.compiled(graph_module, inputs, options.mode) if trains else original
-        nothing = f"nothing matched in a {record.phase} graph: {how}{_first_reason(record)}"
-        if session.report.note(nothing):
-            log.warning("%s", nothing)
+        session.report.warn(f"nothing matched in a {record.phase} graph: {how}{_first_reason(record)}")
         record.compile_seconds = time.perf_counter() - started
         session.report.graphs.append(record)
         call = _counted(run, record)
@@ -170,7 +146,7 @@ def _compiled(
     with beside:
         run = rewriting.compiled(lambda graph, values: inner.compile_graph(chosen_inner, mode, graph, values))
     position = {node: i for i, node in enumerate(capture.placeholders(graph_module))}
-    call = _with_live_weights(
+    call = filled_call(
         run,
         [(filled, [position[member] for member in filled.members]) for filled in rewriting.filled],
         {position[node]: weight.name for node, weight in weights.items()},
@@ -199,8 +175,7 @@ def _say_untraceable(inputs: list[Any], options: Options, session: Session) -> N
     )
     if options.strict:
         raise UnsupportedModelError(reason)
-    if session.report.note(reason):
-        log.warning("%s", reason)
+    session.report.warn(reason)
     session.report.failures += 1
 
 
@@ -226,115 +201,6 @@ def _weights(graph_module: GraphModule, inputs: list[Any], session: Session) -> 
         node: Weight(names[node], value.requires_grad, refused.get(names[node]))
         for node, value in parameters.items()
     }
-
-
-def _with_live_weights(
-    run: Callable[..., Any],
-    filled: Sequence[tuple[Filled, Sequence[int]]],
-    named: Mapping[int, str],
-    sources: Sequence[str],
-    record: GraphRecord,
-    session: Session,
-    original: Callable[..., Any] | None,
-) -> Callable[..., Any]:
-    """`run` with its fused inputs filled in, or `original` where they cannot be, for want of memory say.
-
-    `filled` has each of them with the positions of its members among the arguments, `named` what the
-    parameters are called, by position, and `sources` where every argument came from.
-    """
-    slots: list[live_weights.SharedSlot | live_weights.CopiedSlot] = [
-        live_weights.SharedSlot()
-        if each.fused.shares_memory
-        else live_weights.CopiedSlot(each.fused, each.names)
-        for each, _ in filled
-    ]
-    model = weakref.ref(session.model) if session.model is not None else lambda: None
-
-    def refused(args: Sequence[Any]) -> dict[int, str]:
-        root = model()  # one graph may serve several of its modules, so that names are those of the call
-        known = {} if root is None else {id(p): name for name, p in root.named_parameters()}
-        names = {i: known.get(id(args[i])) or f"{name} ({i})" for i, name in named.items()}
-        found = refusals_of(root, {name: args[i] for i, name in names.items()}, other_tensors(sources, args))
-        return {i: f"{name}: {found[name]}" for i, name in names.items() if name in found}
-
-    weights = live_weights.LiveWeights(slots, [positions for _, positions in filled], refused, list(named))
-    members = {i for each, positions in filled if each.fused.shares_memory for i in positions}
-    # Dynamo keeps compiled calls for as long as the code of a model's class: they may not hold the model.
-    report, anonymous = session.report, session.anonymous
-
-    def call(*args: Any) -> Any:
-        aliased = weights.packs == 0 and any(live_weights.has_aliases(args[i]) for i in members)
-        try:
-            tensors = weights.fused(args)
-        except Exception as error:
-            if original is None:
-                raise
-            refusal = isinstance(error, live_weights.Refused)
-            why = str(error) if refusal else f"packing failed: {_summary(error)}"
-            if report.note(reason := f"a graph runs as it was, because {why}"):
-                log.warning("%s", reason)
-            return original(*args)
-        record.calls += 1
-        if weights.packs != record.packs:
-            record.packs = weights.packs
-            report.packed_bytes = max(
-                report.packed_bytes, live_weights.packed_bytes(args[i] for i in members)
-            )
-            report.count_copies(weights.copies)
-            if aliased:
-                report.note(ALIASED)
-            if anonymous:
-                _remember(report, args)  # which may be others than those the graph was compiled for
-                if report.packed_bytes:
-                    _say_packed(report)
-        return run(*args, *tensors)
-
-    return call
-
-
-def _root_module() -> nn.Module | None:
-    """The module whose forward Dynamo is tracing, if it is one."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    found = InstructionTranslator.current_tx().output.local_scope.get("self")
-    return found if isinstance(found, nn.Module) else None
-
-
-_reports: Any = WeakTensorKeyDictionary()
-
-
-def report_of(parameters: Iterable[torch.Tensor]) -> Report | None:
-    """The report of graphs that were compiled over these parameters without optimize()."""
-    return next((found for p in parameters if (found := _reports.get(p)) is not None), None)
-
-
-def _remember(report: Report, inputs: Iterable[Any]) -> None:
-    for value in inputs:
-        if isinstance(value, nn.Parameter):
-            _reports[value] = report
-
-
-def _anonymous(inputs: Sequence[Any]) -> Session:
-    """A session for torch.compile(model, backend="fxfuse"): graphs of the same parameters share a report."""
-    parameters = [value for value in inputs if isinstance(value, nn.Parameter)]
-    report = report_of(parameters) or Report()
-    _remember(report, inputs)
-    return Session(report, _root_module(), anonymous=True)
-
-
-def _say_packed(report: Report) -> None:
-    text = (
-        f"{report.packed_bytes / 1e6:.1f} MB of the caller's parameters now lie in fused memory: same "
-        "objects, names and values; fxfuse.deoptimize(model) gives each its own memory again"
-    )
-    if not any("now lie in fused memory" in note for note in report.notes):
-        report.note(text)
-        log.warning("%s", text)
-
-
-def _summary(error: Exception) -> str:
-    lines = str(error).strip().splitlines()  # of torch's, the others are the code that was being traced
-    return f"{type(error).__name__}: {lines[0] if lines else ''}".removesuffix(": ")
 
 
 def _counted(run: Callable[..., Any], record: GraphRecord) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from fxfuse.errors import CheckpointError
+from fxfuse.errors import CheckpointError, in_one_line
 from fxfuse.runtime.demonstration import (
     COMPILE,
     EAGER,
@@ -230,7 +230,7 @@ def _why_inductor_fails(device: torch.device) -> str | None:
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
     except Exception as error:  # whatever is missing on this machine (often: a C++ compiler) is reported
-        return f"Inductor cannot compile here: {str(error).strip().splitlines()[0]}"
+        return f"Inductor cannot compile here: {in_one_line(error)}"
     return None
 
 

@@ -13,12 +13,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxfuse.errors import UnsupportedModelError, raised_on_purpose
 from fxfuse.passes.pipeline import Passes
-from fxfuse.runtime import backend, leaves, quantized_modules, unread_logs
+from fxfuse.runtime import leaves, quantized_modules, unread_logs
 from fxfuse.runtime.measure import check_named
-from fxfuse.runtime.optimize import compiled_call
+from fxfuse.runtime.optimized_call import compiled_call
 from fxfuse.runtime.options import Options
 from fxfuse.runtime.refusals import refusals_of
 from fxfuse.runtime.report import Report
+from fxfuse.runtime.sessions import Session, compiling_for
 
 PROMPT = 17
 AFTER_A_CALL = (
@@ -60,11 +61,10 @@ def explain(
     report = Report(notes=quantized_modules.notes(model))
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = _without_memory(model, mode)
-    session = backend.Session(report, twin, dry_run=True, refusals=refusals_of(model))
+    session = Session(report, twin, dry_run=True, refusals=refusals_of(model))
     run = compiled_call(twin, options, dynamic=False)
-    token = backend.current_session.set(session)
     try:
-        with unread_logs.unwritten(), mode, torch.no_grad():
+        with compiling_for(session), unread_logs.unwritten(), mode, torch.no_grad():
             _calls(run, twin, inputs, static=target == "cuda")
     except Exception as error:
         own = raised_on_purpose(error)
@@ -74,8 +74,6 @@ def explain(
         raise UnsupportedModelError(
             f"{type(model).__name__} cannot be captured: {error}" + (f"; {advice}" if advice else "")
         ) from error
-    finally:
-        backend.current_session.reset(token)
     return report
 
 

@@ -181,6 +181,11 @@ class Report:
         self.notes.append(text)
         return True
 
+    def warn(self, text: str) -> None:
+        """Record a note, and log it as a warning the first time."""
+        if self.note(text):
+            log.warning("%s", text)
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "versions": self.versions,

@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from fxfuse.errors import FxfuseError, OptionError, UnsupportedModelError
+from fxfuse.errors import FxfuseError, OptionError, UnsupportedModelError, in_one_line
 
 # Newer versions of typer carry a copy of click, older ones use click itself.
 UsageError: Any = typer.BadParameter.__mro__[1]
@@ -65,11 +65,10 @@ def _in_words(error: Exception) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Type and first line of the exception that others were raised for."""
+    """In one line the exception that others were raised for."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return in_one_line(error)
 
 
 def _leave(text: str, code: int, cause: BaseException) -> NoReturn:

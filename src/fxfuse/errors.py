@@ -29,6 +29,12 @@ class ShapeError(FxfuseError, ValueError):
     """An operator was given tensors whose shapes or dtypes do not fit each other."""
 
 
+def in_one_line(error: BaseException) -> str:
+    """Type and first line of an exception; of torch's, the others are the code that was being traced."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 def raised_on_purpose(error: BaseException | None) -> FxfuseError | None:
     """The exception of ours that another (such as Dynamo's) was raised around, if there is one."""
     while error is not None and not isinstance(error, FxfuseError):

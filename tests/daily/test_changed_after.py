@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import fxfuse
 from fxfuse.errors import UnsupportedModelError
-from fxfuse.runtime.optimize import MOST_HOOKINGS, optimization_report
+from fxfuse.runtime.optimize import optimization_report
+from fxfuse.runtime.optimized_call import MOST_HOOKINGS
 
 Make = Callable[..., Any]
 ONE = ("full_attention",)

@@ -258,13 +258,13 @@ def _copies_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _runs_the_original_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
-    with_live_weights = backend._with_live_weights
+    filled_call = backend.filled_call
 
     def both(run: Any, *rest: Any) -> Any:
-        call, original = with_live_weights(run, *rest), rest[-1]
+        call, original = filled_call(run, *rest), rest[-1]
         return lambda *args: (original(*args), call(*args))[1]
 
-    monkeypatch.setattr(backend, "_with_live_weights", both)
+    monkeypatch.setattr(backend, "filled_call", both)
 
 
 @pytest.mark.parametrize(

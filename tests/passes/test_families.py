@@ -29,7 +29,8 @@ from transformers.models.qwen3_5.modeling_qwen3_5 import (
 import fxfuse
 from fxfuse import Report
 from fxfuse.runtime import families
-from fxfuse.runtime.backend import backend, report_of
+from fxfuse.runtime.backend import backend
+from fxfuse.runtime.sessions import report_of
 from fxfuse.runtime.shapes import text_config
 from fxfuse.testing.tensors import integer_like_, integer_tensor
 

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from whole_graphs import PREFILL
 
 from fxfuse import Report
-from fxfuse.runtime.backend import report_of
+from fxfuse.runtime.sessions import report_of
 from fxfuse.testing.mutants import CHANGES, near_miss
 from fxfuse.testing.programs import EXACT, random_program
 from fxfuse.testing.tensors import integer_tensor

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from gradients import Tally, run
 from torch import Tensor, nn
 
-from fxfuse.runtime.backend import report_of
+from fxfuse.runtime.sessions import report_of
 from fxfuse.testing.tensors import integer_like_
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 import fxfuse
 from fxfuse.runtime import live_weights
-from fxfuse.runtime.backend import report_of
 from fxfuse.runtime.optimize import optimization_report
+from fxfuse.runtime.sessions import report_of
 
 Make = Callable[..., Any]
 

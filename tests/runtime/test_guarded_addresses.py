@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxfuse.runtime.backend import report_of
+from fxfuse.runtime.sessions import report_of
 
 
 class Counting(nn.Module):

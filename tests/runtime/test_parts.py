@@ -15,9 +15,9 @@ from fxfuse.passes import pipeline
 from fxfuse.passes.outcome import Outcome
 from fxfuse.passes.pipeline import Pass
 from fxfuse.runtime import backend, capture, inner
-from fxfuse.runtime.backend import Session
 from fxfuse.runtime.optimize import optimization_report
 from fxfuse.runtime.parts import Rewriting
+from fxfuse.runtime.sessions import Session, report_of
 
 LAYERS = ("linear_attention", "linear_attention", "full_attention") * 2
 
@@ -434,5 +434,5 @@ def test_a_transform_of_torch_func_around_layers_says_that_it_cannot_be_traced()
     x = torch.randn(5, 2, 4)
     with torch.no_grad():
         torch.testing.assert_close(run(x), torch.vmap(lambda row: stack(row)[0])(x))
-    report = backend.report_of(stack.parameters())
+    report = report_of(stack.parameters())
     assert report is not None and any("torch.func" in note for note in report.notes)

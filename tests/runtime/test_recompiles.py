@@ -10,7 +10,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 import fxfuse
-from fxfuse.runtime.optimize import _varying
+from fxfuse.runtime.varying_lengths import varying
 
 Make = Callable[..., Any]
 LENGTHS = (3, 17, 64, 65, 200)
@@ -74,7 +74,7 @@ def test_a_prompt_that_is_interrupted_leaves_no_marks() -> None:
 
     ids = torch.zeros(1, 4, dtype=torch.long)
     cache = SimpleNamespace(layers=[StaticLayer()])
-    with pytest.raises(KeyboardInterrupt), _varying((ids,), {"past_key_values": cache}):
+    with pytest.raises(KeyboardInterrupt), varying((ids,), {"past_key_values": cache}):
         vars(StaticLayer.keys)["_dynamo_propagated_dynamic_indices"] = {2}  # as Dynamo does
         raise KeyboardInterrupt
     assert vars(ids) == vars(StaticLayer.keys) == {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fxfuse.runtime import inner
-from fxfuse.runtime.backend import report_of
+from fxfuse.runtime.sessions import report_of
 
 IDS = torch.tensor([[3, 1, 6, 3], [0, 3, 6, 1]])
 
