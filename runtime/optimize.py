@@ -17,9 +17,10 @@ from fxfuse.passes.pipeline import Passes
 from fxfuse.runtime import leaves, live_weights, quantized_modules, warm_up
 from fxfuse.runtime.decoder_stack import inner_model
 from fxfuse.runtime.explain import explain
+from fxfuse.runtime.grouped_names import grouped
 from fxfuse.runtime.optimized_call import optimized_call
 from fxfuse.runtime.options import Options
-from fxfuse.runtime.report import Report, grouped
+from fxfuse.runtime.report import Report
 from fxfuse.runtime.sessions import Session, report_of
 
 HOOKED = (

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fxfuse.runtime.report import grouped
+from fxfuse.runtime.grouped_names import grouped
 
 WEIGHTS = ("weight", "qweight")
 

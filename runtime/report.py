@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import platform
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -23,14 +22,13 @@ from torch import nn
 from fxfuse.errors import OptionError
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.passes.pipeline import PASSES
+from fxfuse.runtime.grouped_names import grouped, grouped_as, pattern_of
 from fxfuse.runtime.launches import Block
 from fxfuse.runtime.measure import Measurement, measure
 from fxfuse.runtime.pictures import Picture
 
 log = logging.getLogger("fxfuse")
 
-# Runs of layer numbers that a table spells out; of more, the first two and the last.
-MOST_SPANS = 4
 # Graphs that a summary lists one by one.
 MOST_GRAPHS = 8
 NOTHING_RAN = "no rewritten graph was called yet, and no weight of the model was moved"
@@ -137,15 +135,15 @@ class Report:
         for graph in self.graphs:
             for outcome in graph.outcomes.values():
                 for m in outcome.matches:
-                    places[m.rule, _pattern(m.where), m.detail, graph.phase]["matched"].add(m.where)
+                    places[m.rule, pattern_of(m.where), m.detail, graph.phase]["matched"].add(m.where)
                 for miss in outcome.misses:
-                    places[miss.rule, _pattern(miss.where), "left alone", graph.phase]["missed"].add(
+                    places[miss.rule, pattern_of(miss.where), "left alone", graph.phase]["missed"].add(
                         miss.where
                     )
         return [
             Row(
                 rule,
-                _grouped(pattern, found["matched"] | found["missed"]),
+                grouped_as(pattern, found["matched"] | found["missed"]),
                 detail,
                 phase,
                 len(found["matched"]),
@@ -324,33 +322,4 @@ def _order(rule: str) -> int:
     return names.index(rule) if rule in names else len(names)
 
 
-def _pattern(where: str) -> str:
-    return re.sub(r"(?<![^.])\d+(?=\.|$)", "*", where)
-
-
-def grouped(places: Iterable[str]) -> list[str]:
-    """Names of modules, those that differ in one number alone taken together: `layers.{0..23}.mlp`."""
-    by_pattern: dict[str, set[str]] = defaultdict(set)
-    for place in places:
-        by_pattern[_pattern(place)].add(place)
-    return [_grouped(pattern, found) for pattern, found in by_pattern.items()]
-
-
-def _grouped(pattern: str, places: Iterable[str]) -> str:
-    """`layers.*.mlp` with the numbers that occur: `layers.{0..23}.mlp`, `layers.{0..2,4..6,…,20..22}.mlp`."""
-    if pattern.count("*") != 1:
-        return pattern
-    head, tail = pattern.split("*")
-    numbers = sorted({int(place[len(head) : len(place) - len(tail)]) for place in places})
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    parts = [str(s[0]) if len(s) == 1 else f"{s[0]}..{s[-1]}" for s in spans]
-    text = ",".join(parts if len(parts) <= MOST_SPANS else [*parts[:2], "…", parts[-1]])
-    return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
-
-
-__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row", "announce", "grouped"]
+__all__ = ["GraphRecord", "Match", "Miss", "Report", "Row", "announce"]

@@ -19,9 +19,10 @@ import fxfuse
 from fxfuse.errors import OptionError, UnsupportedModelError
 from fxfuse.passes.outcome import Match, Miss, Outcome
 from fxfuse.runtime import inner, measure
+from fxfuse.runtime.grouped_names import grouped
 from fxfuse.runtime.optimize import optimization_report
 from fxfuse.runtime.pictures import Box
-from fxfuse.runtime.report import GraphRecord, grouped
+from fxfuse.runtime.report import GraphRecord
 from fxfuse.runtime.svg import HEIGHT, WIDEST, draw
 
 Make = Callable[..., Any]
