@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from fxfuse.passes import regions
 from fxfuse.passes.modes import PLAIN, modes
@@ -90,7 +91,8 @@ def _in_rows(conv: Node) -> list[Node]:
             return found
         cut = str(node.target) == "aten.slice.Tensor" and node.args[1] in (2, -1)
         alone = node.args[0] is source and not any(
-            isinstance(n.meta["val"], Tensor) for n in node.all_input_nodes if n is not source
+            isinstance(n, Node) and isinstance(n.meta["val"], Tensor)
+            for n in tree_leaves((node.args[1:], node.kwargs))
         )
         if not alone or not (cut or str(node.target) in AFTER_CONVOLUTION - VIEWS - CUTS):
             break

@@ -89,6 +89,8 @@ BETWEEN: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = {
     "a cast": (lambda y: y.double(), True),
     "another value as well": (lambda y: y + y.sum(), False),
     "another tensor": (lambda y: y * torch.arange(y.shape[-1]), False),
+    "itself": (lambda y: y * y, False),
+    "itself by name": (lambda y: torch.add(y, other=y), False),
     "an order of its own": (lambda y: y.cumsum(-1), False),
 }
 
