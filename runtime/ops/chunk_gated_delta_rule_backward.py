@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.errors import ShapeError
+from fxfuse.errors import ShapeError, UnsupportedModelError
 from fxfuse.runtime.ops.arguments import check_tensors
 from fxfuse.runtime.ops.gated_delta_rule import (
     CHUNK,
@@ -218,3 +218,13 @@ def _fake(cotangents: Cotangents, given: Given) -> tuple[Tensor, ...]:
 
 
 chunk_gated_delta_rule_backward = operator("chunk_gated_delta_rule_backward", _run, _fake, Cotangents, Given)
+
+
+def _second(ctx, *grads):  # type: ignore[no-untyped-def]
+    raise UnsupportedModelError(
+        "the gradients of chunk_gated_delta_rule have none of their own: where they are differentiated once "
+        "more, as a gradient penalty is, call model.deoptimize() first"
+    )
+
+
+chunk_gated_delta_rule_backward.register_autograd(_second)

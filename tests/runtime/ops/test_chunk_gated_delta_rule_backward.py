@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fxfuse.errors import ShapeError
+from fxfuse.errors import ShapeError, UnsupportedModelError
+from fxfuse.runtime.ops.chunk_gated_delta_rule import chunk_gated_delta_rule
 from fxfuse.runtime.ops.chunk_gated_delta_rule_backward import chunk_gated_delta_rule_backward
 from fxfuse.runtime.ops.gated_delta_rule import L2_EPSILON
 
@@ -165,6 +166,14 @@ def test_what_does_not_fit_is_named() -> None:
         chunk_gated_delta_rule_backward(*cotangents(given, 1), given[0][:, 1:], *given[1:], True, None)
     with pytest.raises(ShapeError, match=r"grad_out is \(1, 5, 4, 5\), not \(1, 5, 4, 6\)"):
         chunk_gated_delta_rule_backward(torch.randn(1, 5, 4, 5), None, *given, True, None)
+
+
+def test_a_second_backward_says_what_to_do() -> None:
+    given = [x.requires_grad_() for x in inputs([5])]
+    out, _ = chunk_gated_delta_rule(*given, True, None)
+    (found,) = torch.autograd.grad(out.square().sum(), given[0], create_graph=True)
+    with pytest.raises(UnsupportedModelError, match=r"call model.deoptimize\(\) first"):
+        found.sum().backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
