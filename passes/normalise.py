@@ -47,6 +47,7 @@ def normalise(program: Program) -> None:
     spell_constants(program)
     _one_name(program)
     fold_idle_calls(program)
+    _drop_dead_nodes(program)  # which would count as readers below
     _one_reshape(program)
     spell_filled_memory(program)
     spell_written_positions(program)

@@ -56,10 +56,15 @@ def spell_pointwise(program: Program) -> None:
             continue
         if any(backward.misses_copy(x, writes) for x in operands):
             continue
-        if storage_of(node) in shown and not all(is_contiguous(n.meta["val"]) for n in (node, *operands)):
+        ordered = storage_of(node) in shown and not all(is_contiguous(x.meta["val"]) for x in operands)
+        if storage_of(node) in shown and not is_contiguous(node.meta["val"]):
             continue
         with program.graph.inserting_before(node):
-            node.target, node.args = reading.write(partial(call, program, node))
+            new = partial(call, program, node)
+            target, args = reading.write(new)
+            if ordered:
+                target, args = _aten.contiguous.default, (new(target, *args),)
+            node.target, node.args = target, args
         node.kwargs = {}
         changed.append(node)
     program.refresh(changed)  # not before: the next may read their sizes
@@ -165,20 +170,42 @@ def _unsigned(x: Any) -> Node | None:
 
 
 def _signs_of_product(node: Node) -> _Reading | None:
-    """−(−a · b) = a · b, and so for quotients: exactly, since a sign rounds nothing. Of bytes it does."""
-    product = node.args[0]
-    if not isinstance(product, Node) or str(product.target) not in (ops.MUL, ops.DIV):
+    """−(−a · b · c) = a · b · c, and so for quotients: a sign rounds nothing, but of bytes."""
+    way = _way_to_sign(node.args[0])
+    if way is None:
         return None
-    if product.kwargs or len(product.args) != 2 or len(product.users) > 1:
+    products, signed = [product for product, _ in way], way[-1][0].args[way[-1][1]]
+    x: Any = _unsigned(signed)
+    read = dict.fromkeys(n for product in products for n in product.all_input_nodes)
+    operands = (x, *(n for n in read if n is not signed and n not in products))
+
+    def write(new: Any) -> tuple[Any, tuple[Any, ...]]:
+        y = x
+        for product, i in reversed(way[1:]):
+            y = new(product.target, *_with(product, i, y))
+        return products[0].target, _with(products[0], way[0][1], y)
+
+    return _Reading((*products, signed), operands, write)  # type: ignore[arg-type]
+
+
+def _with(call: Node, i: int, argument: Any) -> tuple[Any, ...]:
+    return (*call.args[:i], argument, *call.args[i + 1 :])
+
+
+def _way_to_sign(product: Any) -> list[tuple[Node, int]] | None:
+    """From a product, by which factors of factors, to one with a sign; nobody else reads the products."""
+    if not isinstance(product, Node) or str(product.target) not in _SIGNED or len(product.users) > 1:
         return None
-    for i, signed in enumerate(product.args):
-        x = _unsigned(signed)
-        if x is None or not x.meta["val"].is_floating_point():
-            continue
-        if equal_sizes(x.meta["val"].stride(), signed.meta["val"].stride()):  # type: ignore[union-attr]
-            factors = (x, product.args[1]) if i == 0 else (product.args[0], x)
-            operands = tuple(n for n in factors if isinstance(n, Node))
-            return _Reading((product, signed), operands, lambda new, to=factors: (product.target, to))  # type: ignore[arg-type, misc]
+    if product.kwargs or not product.meta["val"].is_floating_point():
+        return None
+    for i, factor in enumerate(product.args[: _SIGNED[str(product.target)]]):
+        x = value_of(_unsigned(factor))
+        signed = x is not None and x.is_floating_point()
+        if signed and equal_sizes(x.stride(), value_of(factor).stride()):  # type: ignore[union-attr]
+            return [(product, i)]
+        below = _way_to_sign(factor)
+        if below is not None:
+            return [(product, i), *below]
     return None
 
 
@@ -202,6 +229,8 @@ def _sum_of_two(node: Node) -> _Reading | None:
     return _Reading((stack,), tuple(parts), lambda new: (_aten.add.Tensor, tuple(parts)))
 
 
+# Calls that hand on the signs of so many of their first arguments.
+_SIGNED = {ops.MUL: 2, ops.DIV: 2, "aten.to.dtype": 1}
 _READINGS = {
     ops.EINSUM: _einsum,
     "aten.glu.default": _gated_halves,

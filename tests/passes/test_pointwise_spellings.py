@@ -61,6 +61,24 @@ PLAIN: dict[str, tuple[Compute, str, str]] = {
     "glu of two": (lambda x, r: F.glu(torch.cat([x, x + 1], 1), 1).round(), "aten.glu", "aten.sigmoid"),
     "signs": (lambda x, r: -(-x * r[..., None]) + 1, "aten.neg", "aten.mul"),
     "signs of a quotient": (lambda x, r: -(x / -(x + 9)), "aten.neg", "aten.div"),
+    "signs of factors of factors": (lambda x, r: -((-x * r[..., None]) * 2) + 1, "aten.neg", "aten.mul"),
+    "signs around a cast": (lambda x, r: -((r[..., None] / -(x + 9)).double() * 2), "aten.neg", "aten.div"),
+    "a turned glu that is reshaped": (
+        lambda x, r: F.glu(torch.cat([x.mT, x.mT + 1], -1)).round().reshape(2, -1),
+        "aten.glu",
+        "aten.sigmoid",
+    ),
+    "an order that attention keeps": (
+        lambda x, r: F.scaled_dot_product_attention(_turned_glu(x), *[x.mT[None]] * 2).round(),
+        "aten.glu",
+        "aten.sigmoid",
+    ),
+    "an order that a product keeps": (
+        lambda x, r: torch.einsum("cbdt,d,t->cbdt", _turned_glu(x), x[0, 0], r[0]),
+        "aten.glu",
+        "aten.sigmoid",
+    ),
+    "an order that a cut keeps": (lambda x, r: F.pad(_turned_glu(x)[0], (-1, 0)), "aten.glu", "aten.sigmoid"),
     "a stack": (lambda x, r: torch.stack([x, x * 2]).sum(0) + 1, "aten.stack", "aten.add"),
     "full": (lambda x, r: x + torch.full_like(x, 3.0), "aten.full", "aten.add"),
     "ones": (lambda x, r: torch.ones_like(x) / (x + 9), "aten.ones", "aten.reciprocal"),
@@ -93,19 +111,13 @@ OTHERS: dict[str, tuple[Compute, str]] = {
     ),
     "signs of bytes": (lambda x, r: -(-x.byte() / (r[..., None] + 9)), "aten.neg"),
     "signs of bytes that grow": (lambda x, r: -(-x.byte() * r[..., None].int()), "aten.neg"),
+    "signs of bytes that become numbers": (lambda x, r: -((-x.byte()).float() * 2), "aten.neg"),
+    "one sign of a square": (lambda x, r: -((p := -x * r[..., None]) * p), "aten.neg"),
+    "signs of what others read": (lambda x, r: -((y := -x * r[..., None]) * 2) + y.sum(), "aten.neg"),
     "complex ones": (
         lambda x, r: torch.view_as_real(torch.complex(x, x) * torch.ones(4, dtype=torch.complex64)),
         "aten.ones",
     ),
-    "an order that attention keeps": (
-        lambda x, r: F.scaled_dot_product_attention(_turned_glu(x), *[x.mT[None]] * 2).round(),
-        "aten.glu",
-    ),
-    "an order that a product keeps": (
-        lambda x, r: torch.einsum("cbdt,d,t->cbdt", _turned_glu(x), x[0, 0], r[0]),
-        "aten.glu",
-    ),
-    "an order that a cut keeps": (lambda x, r: F.pad(_turned_glu(x)[0], (-1, 0)), "aten.glu"),
 }
 
 
