@@ -23,7 +23,7 @@ from fxfuse.patterns import ops, readings
 GATHERS = frozenset({ops.INDEX, ops.INDEX_SELECT, "aten.embedding.default", "aten.gather.default"})
 _KEEP_ELEMENTS = ops.VIEWS | readings.CASTS | readings.CUTS
 _SUM = "aten.sum.dim_IntList"
-_PRODUCTS = (ops.MATMUL, "aten.bmm.default", ops.EINSUM, "aten.linalg_vecdot.default", _SUM)
+_PRODUCTS = (ops.MATMUL, ops.BMM, ops.EINSUM, "aten.linalg_vecdot.default", _SUM)
 _AS_STRIDED = "aten.as_strided.default"
 
 Call = Callable[..., Any]

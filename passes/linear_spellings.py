@@ -262,19 +262,37 @@ def _permute_of_einsum(program: Program, node: Node) -> None:
         node.kwargs = {}
 
 
-_SECOND_FACTOR = {ops.MATMUL: 1, ops.MM: 1, ops.ADDMM: 2}
+_SECOND_FACTOR = {ops.MATMUL: 1, ops.MM: 1, ops.BMM: 1, ops.ADDMM: 2, ops.BADDBMM: 2}
 
 
 def _read_transposes_uncopied(program: Program, writes: StorageWrites, backward: Backward) -> None:
-    """x @ w.T.contiguous() -> x @ w.T: a matrix product asks for no layout."""
+    """x @ w.T.contiguous() -> x @ w.T: a matrix product asks for no layout, of a batch of them neither."""
+    batches = []
     for copy in program.calls(ops.CLONE, ops.CONTIGUOUS):
         source: Any = copy.args[0]
         if _untransposed(source) is None or writes.is_written(copy) or writes.is_written(source):
             continue
+        if backward.stops_at(copy):
+            continue
         for user in list(copy.users):
-            place = _SECOND_FACTOR.get(str(user.target))
-            if place is not None and user.args[place] is copy and not backward.stops_at(copy):
-                user.update_arg(place, source)
+            if _is_second_factor(user, copy):
+                user.update_arg(_SECOND_FACTOR[str(user.target)], source)
+            elif _is_batch(user):
+                user.update_arg(0, source)
+                batches.append(user)
+    program.refresh(batches)
+
+
+def _is_second_factor(product: Node, factor: Node) -> bool:
+    place = _SECOND_FACTOR.get(str(product.target))
+    return place is not None and product.args[place] is factor
+
+
+def _is_batch(node: Node) -> bool:
+    """Whether a call repeats its input for matrix products, which alone read it."""
+    return str(node.target) in ops.REPEATED and all(
+        _is_second_factor(user, node) or _is_batch(user) for user in node.users
+    )
 
 
 def _become_linear(node: Node, x: Node, weight: Node, bias: Node | None) -> None:

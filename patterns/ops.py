@@ -39,13 +39,14 @@ UNSQUEEZE = "aten.unsqueeze.default"
 # Spellings of a linear: products with the transpose of a parameter, and the sum that adds a bias.
 ADDMM = "aten.addmm.default"
 EINSUM = "aten.einsum.default"
+BMM = "aten.bmm.default"
 BADDBMM = "aten.baddbmm.default"
 MATMUL = "aten.matmul.default"
 MM = "aten.mm.default"
 MV = "aten.mv.default"
 INNER = "aten.inner.default"
 TENSORDOT = "aten.tensordot.default"
-PRODUCTS = frozenset({MATMUL, MM, MV, INNER, TENSORDOT, "aten.bmm.default", ADDMM, BADDBMM, EINSUM})
+PRODUCTS = frozenset({MATMUL, MM, MV, INNER, TENSORDOT, BMM, ADDMM, BADDBMM, EINSUM})
 ADDS = frozenset({"aten.add.Tensor"})
 
 # Arithmetic that hands on its operand where the other one is this number; whether they may change places.

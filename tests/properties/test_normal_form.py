@@ -176,6 +176,9 @@ CASES: dict[str, Callable[..., Any]] = {
     "a copied transpose of what is written": lambda x, w, b: (
         lambda v: (lambda t: (v.mul_(2), x @ t))(v.t().contiguous())
     )(w * 1),
+    "a copied transpose of a batch that is read": lambda x, w, b: (
+        lambda t: (torch.bmm(x, t), t[0] * 1, t.stride(1))
+    )(w.t().contiguous()[None].expand(2, -1, -1)),
     "a copied transpose on the left": lambda x, w, b: w.t().contiguous() @ x[..., :4].mT,
     "rows put back in other sizes": lambda x, w, b: (
         (x.reshape(6, 8) @ w.t()).view(3, 2, 2, 2) + 1,

@@ -225,6 +225,10 @@ GATES: dict[str, Callable[..., Any]] = {
 LINEARS: dict[str, Callable[[Any, Tensor], Any]] = {
     "left multiplication": lambda m, x: [(m.wq @ x.mT).mT, (m.wk @ x.mT).mT, (m.wv @ x.transpose(1, 2)).mT],
     "bmm": lambda m, x: [torch.bmm(x, w.t().expand(B, -1, -1)) for w in (m.wq, m.wk, m.wv)],
+    "baddbmm of a copy": lambda m, x: [
+        torch.baddbmm(b, x, w.t().contiguous()[None].expand(B, -1, -1))
+        for w, b in ((m.wq, m.bq), (m.wk, m.bk), (m.wv, m.bv))
+    ],
     "baddbmm": lambda m, x: [
         torch.baddbmm(b, x, w.mT.unsqueeze(0).repeat_interleave(1, 0).expand(B, H, -1))
         for w, b in ((m.wq, m.bq), (m.wk, m.bk), (m.wv, m.bv))
