@@ -285,6 +285,65 @@ def test_a_convolution_moves_its_state_on(length: int, columns: int) -> None:
     assert "copy_" not in str(found.graph_module.graph)
 
 
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(
+    "dot",
+    [
+        lambda window, taps: (window * taps).sum(-1),
+        lambda window, taps: (window * taps).mean(-1) * TAPS,
+        lambda window, taps: torch.einsum("bck,ck->bc", window, taps),
+        lambda window, taps: torch.linalg.vecdot(window, taps),
+    ],
+)
+def test_a_silu_is_taken_wherever_the_token_gets_its_dimension_after_it(
+    dot: Callable[[Tensor, Tensor], Tensor], dim: int
+) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taps, self.out = (nn.Parameter(torch.randn(s), False) for s in ((6, TAPS), (5, 6)))
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            window = torch.cat([state[..., 1:], x], dim=-1)
+            state.copy_(window)
+            y = F.silu(dot(window, self.taps)).unsqueeze(dim)
+            return F.linear(y if dim == 1 else y.mT, self.out)
+
+    given = [torch.randn(2, 6, 1), torch.randn(2, 6, TAPS)]
+    found = rewrite_and_compare(Summed(), given, ["causal_conv1d_update"])
+    assert calls(found, "causal_conv1d_update") == 1 and "silu" not in str(found.graph_module.graph)
+
+
+class OfItsChannels(nn.Module):
+    """Convolutions whose number of groups is a size of an input."""
+
+    def __init__(self, moves: bool) -> None:
+        super().__init__()
+        self.moves = moves
+        self.taps, self.out = (nn.Parameter(torch.randn(s), False) for s in ((6, 1, TAPS), (5, 6)))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        columns, groups = torch.cat([state, x], dim=-1), x.shape[1]
+        if self.moves:
+            state.copy_(columns[..., -TAPS:])
+            return F.linear(F.silu(F.conv1d(columns, self.taps, groups=groups)[..., -1:]).mT, self.out)
+        y = F.conv1d(columns, self.taps, padding=TAPS - 1, groups=groups)[..., : columns.shape[-1]]
+        return F.linear(F.silu(y).mT, self.out)
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d", "causal_conv1d_update"])
+def test_as_many_groups_as_channels_may_be_a_size_of_an_input(name: str) -> None:
+    given = [torch.randn(2, 6, 1), torch.randn(2, 6, TAPS)]
+    module = OfItsChannels(name == "causal_conv1d_update")
+    found = rewrite(module, copy.deepcopy(given), passes=[name], dynamic=True)
+    assert calls(found, name) == 1
+    for batch in (2, 5):
+        given = [torch.randn(batch, 6, 1), torch.randn(batch, 6, TAPS)]
+        theirs, ours = copy.deepcopy(given), copy.deepcopy(given)
+        torch.testing.assert_close(found.graph_module(*ours), module(*theirs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs)
+
+
 def reasons(found: Rewritten) -> str:
     return " ".join(miss.reason for miss in found.report.misses)
 

@@ -559,6 +559,20 @@ def test_symbolic_sizes_gain_no_guard() -> None:
     assert len(program.fake_mode.shape_env.guards) == guards
 
 
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_as_many_groups_as_rows_are_a_number_and_others_gain_no_guard(multiplier: int) -> None:
+    """Inductor guards the number of groups itself."""
+    module = nn.Conv1d(3, 3 * multiplier, 2, groups=3)
+    run = Calls(lambda x: F.conv1d(x, module.weight, groups=x.shape[1]))
+    run.conv = module
+    program = traced(run, dict(run.named_parameters()), [X], Options())
+    guards = len(program.fake_mode.shape_env.guards)
+    rewritten, _ = pipeline.apply(program, ())
+    (conv,) = (n for n in rewritten.graph.nodes if str(n.target) == "aten.conv1d.default")
+    assert (conv.args[6] == 3) is (multiplier == 1)
+    assert len(program.fake_mode.shape_env.guards) == guards + (multiplier == 1)
+
+
 def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
     class Gates(nn.Module):
         def __init__(self) -> None:
