@@ -573,7 +573,8 @@ def test_as_many_groups_as_rows_are_a_number_and_others_gain_no_guard(multiplier
     assert len(program.fake_mode.shape_env.guards) == guards + (multiplier == 1)
 
 
-def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
+@pytest.mark.parametrize("flat", [lambda x: x, lambda x: x.reshape(-1, 4), lambda x: x.flatten(0, 1)])
+def test_a_vector_added_to_one_of_several_linears_is_no_bias(flat: Callable[[Tensor], Tensor]) -> None:
     class Gates(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -581,7 +582,7 @@ def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
             self.dt_bias = nn.Parameter(torch.ones(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (self.a(x) + self.dt_bias) * self.b(x)
+            return (self.a(flat(x)) + self.dt_bias).reshape(2, 1, 3) * self.b(x)
 
-    merged = rewrite(Gates(), [torch.randn(2, 4)], passes=["same_input_linears"])
+    merged = rewrite(Gates(), [torch.randn(2, 1, 4)], passes=["same_input_linears"])
     assert merged.report.matched == 1 and not merged.report.misses
