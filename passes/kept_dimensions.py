@@ -32,7 +32,7 @@ def _new_dimension_first(program: Program) -> None:
         while isinstance(below, Node) and _is_done_to_each(below) and len(below.users) == 1:
             chain.append(below)
             (below,) = below.all_input_nodes
-        if dim is None or not chain or str(below.target) not in ops.REDUCED:  # type: ignore[union-attr]
+        if dim is None or not chain or dim != _lost_dimension(below, value_of(node).dim()):  # type: ignore[union-attr]
             continue
         if backward.parts(node, *chain):
             continue
@@ -61,6 +61,14 @@ def _new_dimension(node: Node) -> int | None:
     sizes = list(source.shape)
     places = reversed(range(value.dim()))
     return next((d for d in places if equal_sizes(value.shape, [*sizes[:d], 1, *sizes[d:]])), None)
+
+
+def _lost_dimension(reduced: Any, before: int) -> int | None:
+    """The one of so many dimensions that a reduction has left out; of products it is the last."""
+    target, args = str(reduced.target), (*reduced.args, *(None,) * 4)
+    dims: Any = args[ops.REDUCTIONS[target]] if target in ops.REDUCTIONS else [-1]
+    one = target in ops.REDUCED and isinstance(dims, (list, tuple)) and len(dims) == 1
+    return int(dims[0] % before) if one else None
 
 
 def _is_done_to_each(node: Node) -> bool:

@@ -2,6 +2,8 @@
 
 Before: y = linear(x, w); n = sym_size(y, 0); _assert_tensor_metadata(y, dtype=torch.float32)
 After:  n = sym_size(x, 0); y = linear(x, w)
+
+A guard is added for one size only, which no compiled graph leaves open.
 """
 
 from typing import Any
@@ -13,6 +15,7 @@ from torch.fx.node import map_arg
 from fxfuse.passes.linear_spellings import value_of
 from fxfuse.passes.program import Program
 from fxfuse.patterns import ops
+from fxfuse.patterns.readings import CONV1D
 
 
 def drop_known_metadata(program: Program) -> None:
@@ -21,6 +24,16 @@ def drop_known_metadata(program: Program) -> None:
         sizes = [*node.args[1:3], *(node.kwargs.get(key) for key in ("size", "stride"))]
         if all(each is None for each in sizes):
             program.graph.erase_node(node)
+
+
+def spell_groups(program: Program) -> None:
+    """conv1d(x, w, groups=n) -> conv1d(x, w, groups=24) where w has 24 rows: a guard, as Inductor adds."""
+    for node in program.calls(CONV1D):
+        weight, groups = value_of(node.args[1]), (*node.args[6:], 1)[0]
+        size = groups.meta.get("val") if isinstance(groups, Node) else None
+        rows = None if weight is None else weight.shape[0]
+        if isinstance(size, torch.SymInt) and isinstance(rows, int) and size.node.hint == rows:
+            node.args = (*node.args[:6], int(size), *node.args[7:])
 
 
 def spell_sizes(program: Program) -> None:

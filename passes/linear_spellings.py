@@ -41,7 +41,7 @@ def spell_linears(program: Program) -> None:
             changed = True
     sums = {found[0]: found for n in program.calls(*ops.ADDS) if (found := _biased(writes, mode, values, n))}
     for linear, node, bias in sums.values():
-        if all(len(n.args) > 2 or n in sums for n in _readers(linear.args[0])):
+        if all(len(n.args) > 2 or n in sums for n in _readers(values, linear.args[0])):
             _become_linear(node, linear.args[0], linear.args[1], bias)  # type: ignore[arg-type]
             changed = True
     for linear in sums:
@@ -333,9 +333,27 @@ def _biased(
     return None
 
 
-def _readers(x: Any) -> list[Node]:
-    """The linears over a value: with a bias on some of them alone they would not merge."""
-    return [user for user in x.users if str(user.target) == ops.LINEAR] if isinstance(x, Node) else []
+_ROWS = ops.RESHAPES | {ops.FLATTEN}
+
+
+def _readers(values: dict[Node, Tensor | None], x: Any) -> list[Node]:
+    """The linears over the rows of a value: with a bias on some of them alone they would not merge."""
+    while _shows_rows(values, x):
+        x = x.args[0]
+    found, waiting = [], [x] if isinstance(x, Node) else []
+    while waiting:
+        users = list(waiting.pop().users)
+        found += [user for user in users if str(user.target) == ops.LINEAR]
+        waiting += [user for user in users if _shows_rows(values, user)]
+    return found
+
+
+def _shows_rows(values: dict[Node, Tensor | None], node: Any) -> bool:
+    """Whether a call gives a value other leading sizes, and keeps its last."""
+    if not isinstance(node, Node) or str(node.target) not in _ROWS:
+        return False
+    shown, own = values.get(node), values.get(node.args[0])  # type: ignore[arg-type]
+    return shown is not None and own is not None and equal_sizes(shown.shape[-1:], own.shape[-1:])
 
 
 def _are_put_back(linear: Node, x: Tensor) -> bool:
@@ -350,9 +368,6 @@ def _are_put_back(linear: Node, x: Tensor) -> bool:
         return v.dim() > len(lead) and equal_sizes(v.shape[: len(lead)], lead)
 
     return bool(values) and all(map(is_back, values))
-
-
-_ROWS = ops.RESHAPES | {ops.FLATTEN}
 
 
 def _rows_meet(program: Program) -> bool:

@@ -18,7 +18,7 @@ from fxfuse.passes.filled_memory import spell_filled_memory
 from fxfuse.passes.head_projections import join_heads_of_weights
 from fxfuse.passes.idle_calls import fold_idle_calls
 from fxfuse.passes.kept_dimensions import spell_kept_dimensions
-from fxfuse.passes.known_sizes import drop_known_metadata, spell_sizes
+from fxfuse.passes.known_sizes import drop_known_metadata, spell_groups, spell_sizes
 from fxfuse.passes.linear_spellings import put_weights_second, spell_linears, value_of
 from fxfuse.passes.modes import modes, sets_grad_mode, switches_autocast
 from fxfuse.passes.moved_elements import spell_moved_elements
@@ -51,8 +51,9 @@ def normalise(program: Program) -> None:
     _one_reshape(program)
     spell_filled_memory(program)
     spell_written_positions(program)
-    spell_sizes(program)
     _one_convolution(program)
+    spell_groups(program)
+    spell_sizes(program)
     _without_empty_parts(program)
     _one_view_of_each(program)
     spell_moved_elements(program)

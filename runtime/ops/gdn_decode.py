@@ -73,7 +73,7 @@ class Given(NamedTuple):
 
     Attributes:
         query, key: [B, Hk, dk]; value, z: [B, Hk, r, dv]; b, a: [B, Hk, r]; any float dtype, any strides.
-        conv_state: [B, 2·Hk·dk + HV·dv, S], S >= K, channels all q | all k | all v, in place.
+        conv_state: [B, 2·Hk·dk + HV·dv, S], S >= K - 1, channels all q | all k | all v, in place.
         conv_weight: [C, K]; conv_bias: [C] or None. A_log, dt_bias: [HV]. norm_weight: [dv].
         state: [B, HV, dk, dv], in place.
         eps: of the norm. round_beta: round β to the dtype of b, as transformers' eager code does.
@@ -186,8 +186,8 @@ def _check(given: Given) -> None:
     ]
     if not dk:
         wrong.append("heads of query and key have no features")
-    if columns < taps:
-        wrong.append(f"conv_state has {columns} columns, not {taps} or more")
+    if columns < taps - 1:
+        wrong.append(f"conv_state has {columns} columns, not {taps - 1} or more")
     if wrong:
         raise ShapeError(f"gdn_decode with value {tuple(given.value.shape)}: {'; '.join(wrong)}")
 

@@ -44,7 +44,8 @@ def _convolved(  # type: ignore[no-untyped-def]
     BLOCK_S: tl.constexpr,
 ):
     """silu(convolution) of the channels [N] after a new column, which the state takes in."""
-    s = tl.arange(0, BLOCK_S).to(tl.int64)
+    # Columns of the state as it will be; of K - 1, the first that the taps see is the one before them.
+    s = tl.arange(0, BLOCK_S).to(tl.int64) + min(COLUMNS - TAPS, 0)
     mask = there[:, None] & (s < COLUMNS)[None, :]
     place = conv_state + channel[:, None] * state_stride_c + s[None, :] * state_stride_s
     old = tl.load(place + state_stride_s, mask=mask & (s < COLUMNS - 1)[None, :], other=0.0).to(tl.float32)
@@ -56,7 +57,7 @@ def _convolved(  # type: ignore[no-untyped-def]
         total += tl.load(bias + channel * bias_stride, mask=there, other=0.0).to(tl.float32)
     # A column may be read and written by different threads: all reads come first.
     tl.debug_barrier()
-    tl.store(place, window.to(conv_state.dtype.element_ty), mask=mask)
+    tl.store(place, window.to(conv_state.dtype.element_ty), mask=mask & (s >= 0)[None, :])
     return silu(total)
 
 
@@ -260,7 +261,7 @@ def launch(given: Given) -> Tensor:
         EPSILON=L2_EPSILON,
         TAPS=given.conv_weight.shape[1],
         COLUMNS=given.conv_state.shape[-1],
-        BLOCK_S=power_of_2(given.conv_state.shape[-1]),
+        BLOCK_S=power_of_2(max(given.conv_state.shape[-1], given.conv_weight.shape[1])),
         BLOCK_K=block_k,
         BLOCK_V=block_v,
         num_warps=max(1, block_k * block_v // ELEMENTS_PER_WARP),

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,21 @@ def test_no_kernel_spills_where_three_value_heads_share_a_key_head(
     assert {x.work.partition(",")[0] for x in found} == names
     assert all(x.registers > 0 for x in found)
     assert [x for x in found if x.spilled] == []
+
+
+@pytest.mark.parametrize("target", [("cuda", 90), ("hip", "gfx942")])
+def test_a_step_over_few_columns_compiles_without_spills(
+    kernels: Any, monkeypatch: pytest.MonkeyPatch, target: Any
+) -> None:
+    def fewer(*given: Any) -> Iterator[Any]:
+        for work in only(original, "gdn_decode")(*given):
+            columns = work.given[6]
+            yield replace(work, given=(*work.given[:6], columns[..., 1:], *work.given[7:]))
+
+    original = kernels.works
+    monkeypatch.setattr(kernels, "works", fewer)
+    (usage,) = kernels.usages(["27b"], ["bfloat16"], [target], shapes=[(1, 1)])
+    assert usage.registers > 0 and not usage.spilled
 
 
 @pytest.mark.slow

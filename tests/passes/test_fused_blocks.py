@@ -37,9 +37,18 @@ class Step(nn.Module):
     def forward(self, x: Tensor, conv_state: Tensor, state: Tensor) -> Any:
         batch = x.shape[0]
         mixed, z, b, a = F.linear(x, self.row).split([CHANNELS, HV * DV, HV, HV], dim=-1)
-        window = torch.cat([conv_state, mixed.transpose(1, 2)], dim=-1)
-        if self.change != "the convolution's state stays":
-            conv_state.copy_(window[..., -TAPS:])
+        if self.change == "every other column is the state":
+            conv_state = conv_state[..., ::2]
+        window, kept = torch.cat([conv_state, mixed.transpose(1, 2)], dim=-1), conv_state.shape[-1]
+        if self.change == "the first columns are kept":
+            conv_state.copy_(window[..., :kept])
+        elif self.change == "the columns move on by two":
+            conv_state.copy_(F.pad(window[..., 2:], (1, 0)))
+        elif self.change != "the convolution's state stays":
+            conv_state.copy_(window[..., -kept:])
+        if self.change == "the taps see the columns before":
+            window = F.pad(window[..., :-1], (1, 0))
+        window = F.pad(window, (max(TAPS - window.shape[-1], 0), 0))
         if self.spelling == "shifted products":
             columns = window[..., -TAPS:] * self.taps[:, 0]
             mixed = columns.sum(-1, keepdim=True)
@@ -93,9 +102,9 @@ class Step(nn.Module):
         return (out, seen) if read else out
 
 
-def inputs() -> list[Tensor]:
+def inputs(columns: int = TAPS) -> list[Tensor]:
     torch.manual_seed(1)
-    return [torch.randn(2, 1, HIDDEN), torch.randn(2, CHANNELS, TAPS), torch.randn(2, HV, DK, DV)]
+    return [torch.randn(2, 1, HIDDEN), torch.randn(2, CHANNELS, columns), torch.randn(2, HV, DK, DV)]
 
 
 def rewrite_and_compare(module: nn.Module, given: list[Tensor], passes: list[str]) -> Rewritten:
@@ -124,6 +133,37 @@ def test_a_step_is_one_call_in_every_spelling(spelling: str) -> None:
         "aten.reshape.default",
         "fxfuse.gdn_decode.default",
     }
+
+
+@pytest.mark.parametrize("spelling", ["", "shifted products"])
+@pytest.mark.parametrize("columns", [TAPS - 1, TAPS + 1])
+def test_the_state_may_be_no_more_than_the_taps_see_beside_the_token(columns: int, spelling: str) -> None:
+    for name in ("gdn_decode", "causal_conv1d_update"):
+        found = rewrite_and_compare(Step(spelling=spelling), inputs(columns), [name])
+        assert calls(found, name) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "columns"),
+    [
+        ("", TAPS - 2),
+        ("the first columns are kept", TAPS - 1),
+        ("the columns move on by two", TAPS - 1),
+        ("the taps see the columns before", TAPS - 1),
+        ("every other column is the state", 2 * (TAPS - 1)),
+    ],
+)
+def test_another_state_of_few_columns_stays_as_it_is(change: str, columns: int) -> None:
+    found = rewrite_and_compare(Step(change), inputs(columns), ["gdn_decode", "causal_conv1d_update"])
+    assert not any(calls(found, name) for name in ("gdn_decode", "causal_conv1d_update"))
+    assert {miss.rule for miss in found.report.misses} >= {"gdn_decode"}
+
+
+def test_a_state_that_is_every_other_column_of_its_memory_is_taken_by_its_strides() -> None:
+    x, columns, state = inputs(2 * (TAPS - 1))
+    given = [x, columns[..., ::2], state]
+    found = rewrite_and_compare(Step(), given, ["gdn_decode"])
+    assert calls(found, "gdn_decode") == 1
 
 
 CHANGES = {
@@ -243,6 +283,65 @@ def test_a_convolution_moves_its_state_on(length: int, columns: int) -> None:
     found = rewrite_and_compare(Columns(), given, ["causal_conv1d_update"])
     assert calls(found, "causal_conv1d_update") == 1
     assert "copy_" not in str(found.graph_module.graph)
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+@pytest.mark.parametrize(
+    "dot",
+    [
+        lambda window, taps: (window * taps).sum(-1),
+        lambda window, taps: (window * taps).mean(-1) * TAPS,
+        lambda window, taps: torch.einsum("bck,ck->bc", window, taps),
+        lambda window, taps: torch.linalg.vecdot(window, taps),
+    ],
+)
+def test_a_silu_is_taken_wherever_the_token_gets_its_dimension_after_it(
+    dot: Callable[[Tensor, Tensor], Tensor], dim: int
+) -> None:
+    class Summed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.taps, self.out = (nn.Parameter(torch.randn(s), False) for s in ((6, TAPS), (5, 6)))
+
+        def forward(self, x: Tensor, state: Tensor) -> Tensor:
+            window = torch.cat([state[..., 1:], x], dim=-1)
+            state.copy_(window)
+            y = F.silu(dot(window, self.taps)).unsqueeze(dim)
+            return F.linear(y if dim == 1 else y.mT, self.out)
+
+    given = [torch.randn(2, 6, 1), torch.randn(2, 6, TAPS)]
+    found = rewrite_and_compare(Summed(), given, ["causal_conv1d_update"])
+    assert calls(found, "causal_conv1d_update") == 1 and "silu" not in str(found.graph_module.graph)
+
+
+class OfItsChannels(nn.Module):
+    """Convolutions whose number of groups is a size of an input."""
+
+    def __init__(self, moves: bool) -> None:
+        super().__init__()
+        self.moves = moves
+        self.taps, self.out = (nn.Parameter(torch.randn(s), False) for s in ((6, 1, TAPS), (5, 6)))
+
+    def forward(self, x: Tensor, state: Tensor) -> Tensor:
+        columns, groups = torch.cat([state, x], dim=-1), x.shape[1]
+        if self.moves:
+            state.copy_(columns[..., -TAPS:])
+            return F.linear(F.silu(F.conv1d(columns, self.taps, groups=groups)[..., -1:]).mT, self.out)
+        y = F.conv1d(columns, self.taps, padding=TAPS - 1, groups=groups)[..., : columns.shape[-1]]
+        return F.linear(F.silu(y).mT, self.out)
+
+
+@pytest.mark.parametrize("name", ["causal_conv1d", "causal_conv1d_update"])
+def test_as_many_groups_as_channels_may_be_a_size_of_an_input(name: str) -> None:
+    given = [torch.randn(2, 6, 1), torch.randn(2, 6, TAPS)]
+    module = OfItsChannels(name == "causal_conv1d_update")
+    found = rewrite(module, copy.deepcopy(given), passes=[name], dynamic=True)
+    assert calls(found, name) == 1
+    for batch in (2, 5):
+        given = [torch.randn(batch, 6, 1), torch.randn(batch, 6, TAPS)]
+        theirs, ours = copy.deepcopy(given), copy.deepcopy(given)
+        torch.testing.assert_close(found.graph_module(*ours), module(*theirs), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs)
 
 
 def reasons(found: Rewritten) -> str:

@@ -559,7 +559,22 @@ def test_symbolic_sizes_gain_no_guard() -> None:
     assert len(program.fake_mode.shape_env.guards) == guards
 
 
-def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
+@pytest.mark.parametrize("multiplier", [1, 2])
+def test_as_many_groups_as_rows_are_a_number_and_others_gain_no_guard(multiplier: int) -> None:
+    """Inductor guards the number of groups itself."""
+    module = nn.Conv1d(3, 3 * multiplier, 2, groups=3)
+    run = Calls(lambda x: F.conv1d(x, module.weight, groups=x.shape[1]))
+    run.conv = module
+    program = traced(run, dict(run.named_parameters()), [X], Options())
+    guards = len(program.fake_mode.shape_env.guards)
+    rewritten, _ = pipeline.apply(program, ())
+    (conv,) = (n for n in rewritten.graph.nodes if str(n.target) == "aten.conv1d.default")
+    assert (conv.args[6] == 3) is (multiplier == 1)
+    assert len(program.fake_mode.shape_env.guards) == guards + (multiplier == 1)
+
+
+@pytest.mark.parametrize("flat", [lambda x: x, lambda x: x.reshape(-1, 4), lambda x: x.flatten(0, 1)])
+def test_a_vector_added_to_one_of_several_linears_is_no_bias(flat: Callable[[Tensor], Tensor]) -> None:
     class Gates(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -567,7 +582,7 @@ def test_a_vector_added_to_one_of_several_linears_is_no_bias() -> None:
             self.dt_bias = nn.Parameter(torch.ones(3))
 
         def forward(self, x: Tensor) -> Tensor:
-            return (self.a(x) + self.dt_bias) * self.b(x)
+            return (self.a(flat(x)) + self.dt_bias).reshape(2, 1, 3) * self.b(x)
 
-    merged = rewrite(Gates(), [torch.randn(2, 4)], passes=["same_input_linears"])
+    merged = rewrite(Gates(), [torch.randn(2, 1, 4)], passes=["same_input_linears"])
     assert merged.report.matched == 1 and not merged.report.misses

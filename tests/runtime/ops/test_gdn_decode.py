@@ -85,6 +85,16 @@ def test_output_and_states_are_those_of_transformers(layout: str, ratio: int) ->
         torch.testing.assert_close(given[12], state, atol=1e-6, rtol=1e-4)
 
 
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_column_that_no_token_sees_may_be_kept_or_not(more: int) -> None:
+    given = Original("contiguous", 2, torch.float32).arguments(torch.randn(2, 1, HIDDEN), False)
+    other, oldest = copy.deepcopy(given), torch.randn(2, given[6].shape[1], 1)
+    other[6] = given[6][..., 1:].clone() if more < 0 else torch.cat([oldest, given[6]], dim=-1)
+    assert torch.equal(gdn_decode(*other), gdn_decode(*given)) and torch.equal(other[12], given[12])
+    shared = min(other[6].shape[-1], given[6].shape[-1])
+    assert torch.equal(other[6][..., -shared:], given[6][..., -shared:])
+
+
 @pytest.mark.parametrize("layout", LAYERS)
 def test_its_error_is_no_larger_than_that_of_transformers_in_bfloat16(layout: str, no_worse: Any) -> None:
     original = Original(layout, 2, torch.bfloat16)
@@ -129,8 +139,8 @@ def test_wrong_shapes_and_what_the_kernel_does_not_take_are_named() -> None:
     given = Original("contiguous", 2, torch.float32).arguments(torch.randn(2, 1, HIDDEN), False)
     with pytest.raises(ValueError, match=r"b is \(2, 2, 1\), not \(2, 2, 2\)"):
         gdn_decode(*given[:4], given[4][..., :1], *given[5:])
-    with pytest.raises(ValueError, match="conv_state has 3 columns, not 4 or more"):
-        gdn_decode(*given[:6], given[6][..., 1:], *given[7:])
+    with pytest.raises(ValueError, match="conv_state has 2 columns, not 3 or more"):
+        gdn_decode(*given[:6], given[6][..., 2:], *given[7:])
     wide = torch.empty(1, 1, 1, 256)
     assert "a state of 256 x 256" in (refusal(wide[0], wide[0], wide) or "")
     assert "cpu" in (refusal(*given[:3]) or "")
@@ -144,7 +154,9 @@ def test_the_views_of_a_row_are_the_parts_of_its_layout() -> None:
     assert parts.b.tolist() == [[[52.0, 53.0], [56.0, 57.0]]] and isinstance(parts, Parts)
 
 
+@pytest.mark.parametrize("fewer", [0, 1])
 @pytest.mark.parametrize("layout", LAYERS)
-def test_the_operator_keeps_torchs_rules(layout: str) -> None:
+def test_the_operator_keeps_torchs_rules(layout: str, fewer: int) -> None:
     given = Original(layout, 2, torch.bfloat16).arguments(torch.randn(2, 1, HIDDEN), False)
+    given[6] = given[6][..., fewer:].clone()
     torch.library.opcheck(gdn_decode, tuple(given))

@@ -87,7 +87,7 @@ def _write_repeated_rule(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
 
 def _draw_step(rng: random.Random) -> Sizes:
     more = {"taps": rng.choice((4, 2)), "rows": rng.choice((0, 1, 2)), "cut": rng.choice((0, 1))}
-    return _draw(rng) | more | {"length": 1}
+    return _draw(rng) | more | {"length": 1, "fewer": rng.choice((0, 0, 1))}
 
 
 def _rows(s: Speller, sizes: Sizes, x: Node) -> list[Node]:
@@ -116,15 +116,16 @@ def _normalised(s: Speller, x: Node) -> Node:
 
 
 def _convolved(s: Speller, sizes: Sizes, mixed: Node) -> Node:
-    """silu of the convolution over the state's columns and the new one; the state moves on."""
-    channels = s.shape(mixed)[-1]
-    conv_state = s.input(normal(s, "conv_state", sizes["batch"], channels, sizes["taps"]))
+    """silu of the convolution over the state's columns, K or K - 1, and the new one; the state moves on."""
+    channels, taps, columns = s.shape(mixed)[-1], sizes["taps"], sizes["taps"] - sizes["fewer"]
+    conv_state = s.input(normal(s, "conv_state", sizes["batch"], channels, columns))
     window = s.cat([conv_state, s.transpose(mixed, 1, 2)])
-    last = s.split(window, [1, sizes["taps"]])[1]
+    last = s.split(window, [1, columns])[1]
     s.spell("write", conv_state, last)
-    cut = bool(sizes["cut"])
-    y = s.convolution(last if cut else window, "conv1d", sizes["taps"], causal=False, by_hand=cut)
-    y = y if cut else s.split(y, [1, 1])[1]
+    seen = last if sizes["cut"] and columns == taps else window
+    whole = s.shape(seen)[-1] == taps
+    y = s.convolution(seen, "conv1d", taps, causal=False, by_hand=whole)
+    y = y if whole else s.split(y, [1, 1])[1]
     return s.transpose(s.silu(y), 1, 2)
 
 

@@ -64,7 +64,7 @@ def arguments(
             "bias": st.booleans(),
             "weights": FLOATS,
             "state": st.sampled_from([torch.float32, torch.float32, torch.bfloat16]),
-            "more": st.integers(0, 2),
+            "more": st.integers(-1, 2),
         }
     ),
     st.integers(0, 2**20),
