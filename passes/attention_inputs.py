@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.passes.attention_caches import INDEX_COPY, origin_of, spell_caches
 from fxfuse.passes.linear_spellings import turned as turned_last
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import Refused, behind, read_by, writers_of
-from fxfuse.passes.row_parts import Part, parts_of
+from fxfuse.passes.regions import Refused, behind, is_made_of_numbers, read_by, writers_of
+from fxfuse.passes.row_parts import Part, parts_of, projections
 from fxfuse.passes.storage_writes import equal_sizes, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
@@ -153,7 +153,7 @@ def dims_of(node: Node) -> int:
 
 def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node], list[Node]]:
     """The nodes that depend on projections, with the cones of the norms' weights; those; cos and sin."""
-    linears = set(program.calls(ops.LINEAR))
+    linears = projections(program)
     caches = {storage_of(n) for n in found.caches}
     writers = {s: calls for s, calls in writers_of(program.graph).items() if s not in caches}
     everything = behind(found.results, linears, writers)
@@ -169,7 +169,7 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
     for node in (n for n in inputs if n not in given):
         cone = behind([node], (), writers)
         parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
-        if cone and all(n.op == "get_attr" for n in read_by(cone)):  # made of numbers alone
+        if is_made_of_numbers(node, cone):
             dependent.update(cone)
         elif (
             len(parameters) == 1
@@ -227,7 +227,7 @@ def readings(
         raise Refused(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
         )
-    linears = set(program.calls(ops.LINEAR))
+    linears = projections(program)
     cones = [set(behind([n], linears)) for n in found.operands]
     by_role: list[list[Part]] = [[], [], [], []]
     rows = [n for n in read_by([*region, *cones[2]]) if n in linears]

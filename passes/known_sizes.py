@@ -2,6 +2,9 @@
 
 Before: y = linear(x, w); n = sym_size(y, 0); _assert_tensor_metadata(y, dtype=torch.float32)
 After:  n = sym_size(x, 0); y = linear(x, w)
+
+Before: n = sym_size(w, 1); z = s * (1.0 / sym_float(n))
+After:  z = s * 0.125, where the trace has found that n is 8
 """
 
 from typing import Any
@@ -44,6 +47,20 @@ def spell_sizes(program: Program) -> None:
         else:
             continue
         program.graph.erase_node(node)
+    _fold_numbers(program)
+
+
+def _fold_numbers(program: Program) -> None:
+    """1 / sym_float(8) -> 0.125: Python's arithmetic on sizes, once they are known."""
+    for node in list(program.graph.nodes):
+        is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+        if node.op != "call_function" or not is_number or isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.args and not node.kwargs and all(type(n) in (int, float) for n in node.args):
+            number = node.target(*node.args)  # type: ignore[operator]
+            for user in list(node.users):
+                _put_number(user, node, number)
+            program.graph.erase_node(node)
 
 
 def _sizes_of_inputs(program: Program) -> tuple[dict[Any, Node], dict[Any, tuple[Node, int]]]:
@@ -61,5 +78,5 @@ def _sizes_of_inputs(program: Program) -> tuple[dict[Any, Node], dict[Any, tuple
     return known, sources
 
 
-def _put_number(user: Node, size: Node, number: int) -> None:
+def _put_number(user: Node, size: Node, number: float) -> None:
     user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is size else n)

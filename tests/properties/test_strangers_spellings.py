@@ -143,6 +143,12 @@ LATE_DIMENSIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "of a quotient": lambda m, x: (
         x * torch.rsqrt((x.square().sum(-1) / x.shape[-1]).unsqueeze(-1) + EPS) * m.w
     ),
+    "of a product with 1 / n": lambda m, x: (
+        x * torch.rsqrt((x.square().sum(-1) * (1.0 / x.shape[-1])).unsqueeze(-1) + EPS) * m.w
+    ),
+    "of a product with n to the power of -1": lambda m, x: (
+        x * torch.rsqrt((torch.sum(x * x, -1) * x.shape[-1] ** -1)[..., None] + EPS) * m.w
+    ),
     "of the inverse root": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1) + EPS)[..., None] * (1 + m.w),
     "of a root, viewed": lambda m, x: m.w * x / (x.norm(dim=-1) ** 2 / H + EPS).sqrt().view(*x.shape[:-1], 1),
     "of a vector_norm": lambda m, x: (
@@ -342,6 +348,11 @@ def by_half_tables(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
 
 
+def stacked_halves(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    (a, b), c, s = y.chunk(2, -1), c[..., : D // 2], s[..., : D // 2]
+    return torch.stack([a * c - b * s, a * s + b * c], dim=-2).flatten(-2)
+
+
 def by_signs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     signs = torch.tensor([-1.0] * (D // 2) + [1.0] * (D // 2))
     return y * c + torch.cat([y[..., D // 2 :], y[..., : D // 2]], -1) * signs * s
@@ -371,6 +382,11 @@ def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.unflatten(1, (1, 2))
     p = (torch.einsum("bngqd,bnkd->bngqk", q, k) * D**-0.5).softmax(-1)
     return torch.einsum("bngqk,bnkd->bngqd", p, v).flatten(1, 2)
+
+
+def in_reshaped_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (torch.einsum("bngqd,bnkd->bngqk", q.reshape(B, 1, 2, T, D), k) * D**-0.5).softmax(-1)
+    return torch.einsum("bngqk,bnkd->bngqd", p, v).reshape(B, 2, T, D)
 
 
 def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -403,6 +419,14 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "the first half, into a clone": attention(rotate=first_half_into_a_clone),
     "the first half, by wider tables": attention(rotate=first_half_by_wider_tables),
     "groups of heads, by einsum": attention(repeat=lambda k: k, attend=in_groups),
+    "groups of heads whose halves were stacked": attention(
+        rotate=stacked_halves, repeat=lambda k: k, attend=in_reshaped_groups
+    ),
+    "norms by a linear of ones": attention(
+        norm=lambda y, w: (
+            y * torch.rsqrt(F.linear(y.square(), torch.ones(1, y.shape[-1])) / D + EPS) * (1 + w)
+        )
+    ),
     "norms with plain weights": attention(
         norm=lambda y, w: y * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * w
     ),
