@@ -38,6 +38,7 @@ ONE_LARGE = (0.1, 30.0)
 LARGE = ((30.0,), ONE_LARGE, MIXED, ONE_LARGE) * 8
 OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
+LINE = torch.linspace(-40, 40, 321, dtype=torch.float64)
 MOST_TIED = 6  # sizes for which combinations of primes are tried
 # What whole inputs stay 0, in the order in which it is tried: none, numbers, masks as well.
 _NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -62,6 +63,7 @@ class Judge:
         name: str,
         states: Sequence[Node] = (),
         given: Callable[[Node, Sequence[int]], Tensor | None] = lambda node, shape: None,
+        along: Sequence[Node] = (),
     ) -> bool:
         """Whether `candidate` gives the values of `outputs`, and leaves `states` as the region does.
 
@@ -69,12 +71,14 @@ class Judge:
             candidate: called with the values of the region's inputs, which it may write to.
             name: tells candidates apart where the regions are equal.
             given: a value for an input that must not be drawn at random, such as indices.
+            along: inputs to which functions of one number are applied; these are compared at all of `LINE`.
 
         Raises Refused where an input is too large to be drawn.
         """
         key = name + "\n" + _structure(region, outputs, states)
         if key not in self._known:
-            self._known[key] = self._run(region, outputs, candidate, states, given)
+            same = self._run(region, outputs, candidate, states, given)
+            self._known[key] = same and _same_along(region, outputs, candidate, given, along)
         return self._known[key]
 
     def _run(
@@ -133,6 +137,30 @@ class Judge:
         if idle:
             raise Refused(idle[0], f"{idle[0].name} acts on values that no trial has: it cannot be left out")
         return True
+
+
+def _same_along(
+    region: Sequence[Node],
+    outputs: Sequence[Node],
+    candidate: Candidate,
+    given: Callable[[Node, Sequence[int]], Tensor | None],
+    along: Sequence[Node],
+) -> bool:
+    """Whether both give the same, digit by digit, for inputs on a line; the others are 0."""
+    with unset_fake_temporarily(), torch.no_grad():
+        fewer = Fewer(_large_batch(region), TRIALS[0][0])
+        inputs = _drawn(region, TRIALS[0], (0.0,), 0, given, fewer, _ZEROS[-1])
+        count = max(min((inputs[node].numel() for node in along), default=len(LINE)), 1)
+        for start in range(0, len(LINE) if along else 0, count):
+            for node in along:
+                places = torch.arange(start, start + inputs[node].numel()).clamp(max=len(LINE) - 1)
+                inputs[node] = LINE[places].view_as(inputs[node])
+            values, got = run(region, _copied(inputs), fewer), candidate(_copied(inputs))
+            if not all(
+                torch.allclose(values[n], y, TOLERANCE, TOLERANCE) for n, y in zip(outputs, got, strict=True)
+            ):
+                return False
+    return True
 
 
 class Fewer(NamedTuple):

@@ -149,7 +149,8 @@ def _joined(program: Program, writes: StorageWrites, node: Node) -> Any:
     joined = torch.ops.aten.cat.default, (list(parts), dim)
     if equal_sizes(value.shape, shape):
         return joined
-    if str(node.target) not in ops.RESHAPES or dim != part.dim() - 1 or not equal_sizes(value.shape[-1:], shape[-1:]):
+    rows = dim == part.dim() - 1 and equal_sizes(value.shape[-1:], shape[-1:])
+    if str(node.target) not in ops.RESHAPES or not rows:
         return None
     with program.graph.inserting_before(node):
         cat = program.graph.call_function(*joined)

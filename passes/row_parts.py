@@ -49,7 +49,7 @@ class Part:
 
 
 def projections(program: Program) -> set[Node]:
-    """The linears of weights: one whose weight is made of numbers, such as a sum by ones, projects nothing."""
+    """The linears of weights; one of numbers alone, such as a sum by ones, projects nothing."""
     linears = program.calls(ops.LINEAR)
     return {n for n in linears if not is_made_of_numbers(n.args[1])}  # type: ignore[arg-type]
 
