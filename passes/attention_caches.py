@@ -45,7 +45,8 @@ def origin_of(node: Node) -> tuple[Node, bool]:
         passed.append((node, turned and not _has_one_order(node)))
     if node.op == "placeholder" or str(node.target) == INDEX_COPY:
         return node, turned
-    return next((each for each in reversed(passed) if not each[1]), passed[0] if passed else (node, turned))
+    seen = (each for each in reversed(passed) if not each[1] and value_of(each[0]).dim() == 4)  # type: ignore[union-attr]
+    return next(seen, passed[0] if passed else (node, turned))
 
 
 def _has_one_order(node: Node) -> bool:

@@ -188,18 +188,22 @@ def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
     """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
     found = list(dict.fromkeys(angles))
     while len(found) > 2 or any(_is_more(n) for n in found):
-        parts = {n: _call_of(n) for n in found if str(_call_of(n).target) in readings_of.ON_ANGLES}
+        parts = [n for n in found if len(found) > 2 or _is_more(n)]
+        parts = [n for n in parts if str(_call_of(n).target) in readings_of.ON_ANGLES]
         if not parts:
             break
-        region.update((*parts, *parts.values()))
-        read = ([m for m in parts[n].all_input_nodes if dims_of(m)] if n in parts else [n] for n in found)
+        # the last one, but first those of which there is a part already: cos of the query, then of the key
+        part = max(parts, key=lambda n: (not set(found).isdisjoint(_call_of(n).all_input_nodes), n))
+        region.update((part, _call_of(part)))
+        read = ([m for m in _call_of(n).all_input_nodes if dims_of(m)] if n is part else [n] for n in found)
         found = list(dict.fromkeys(chain.from_iterable(read)))
     return found
 
 
 def _is_more(node: Node) -> bool:
-    """Whether a tensor is more than cos or sin: both as one complex number, or made as wide as a head."""
-    return node.meta["val"].is_complex() or str(node.target) in readings_of.PADDINGS
+    """Whether a tensor is more than cos or sin: both as complex numbers or pairs, or wide as a head."""
+    pairs = str(node.target) == ops.STACK and len(node.all_input_nodes) > 1
+    return pairs or node.meta["val"].is_complex() or str(node.target) in readings_of.PADDINGS
 
 
 def _call_of(node: Node) -> Node:

@@ -73,9 +73,12 @@ ON_ANGLES = (
     | PADDINGS
     | frozenset(
         {
+            "aten._conj.default",
             "aten.complex.default",
+            "aten.conj.default",
             "aten.neg.default",
             "aten.repeat.default",
+            "aten.resolve_conj.default",
             "aten.to.dtype",
             "aten.view_as_complex.default",
         }

@@ -364,6 +364,48 @@ def as_complex_numbers(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat([y.real, y.imag], dim=-1)
 
 
+def halves_of(z: Tensor) -> Tensor:
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def as_viewed_numbers(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z = torch.view_as_complex(y.unflatten(-1, (2, half)).transpose(-1, -2).contiguous())
+    z = z * torch.complex(c[..., :half], s[..., :half])
+    return torch.view_as_real(z).mT.flatten(-2)
+
+
+def as_viewed_pairs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z = torch.view_as_complex(torch.stack(y.chunk(2, -1), dim=-1))
+    e = torch.view_as_complex(torch.stack([c[..., :half], s[..., :half]], dim=-1))
+    return torch.cat(torch.view_as_real(z * e).unbind(-1), dim=-1)
+
+
+def by_a_conjugate(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    e = torch.complex(c[..., :half], -s[..., :half]).conj()
+    return halves_of(torch.complex(y[..., :half], y[..., half:]) * e)
+
+
+def between_conjugates(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of((z.conj() * e.conj()).conj())
+
+
+def the_other_way(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of(z * e.conj())
+
+
+def of_the_conjugate(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of(z.conj() * e)
+
+
 def first_half_into_a_clone(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     turned, out, c, s = y[..., : D // 2], y.clone(), c[..., : D // 2], s[..., : D // 2]
     a, b = turned.chunk(2, -1)
@@ -416,6 +458,10 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "rotate_half into empty memory": attention(turn=filled),
     "rotate_half by a matrix": attention(turn=by_a_matrix),
     "complex numbers": attention(rotate=as_complex_numbers),
+    "memory as complex numbers": attention(rotate=as_viewed_numbers),
+    "stacked pairs as complex numbers": attention(rotate=as_viewed_pairs),
+    "a conjugate": attention(rotate=by_a_conjugate),
+    "complex numbers between conjugates": attention(rotate=between_conjugates),
     "the first half, into a clone": attention(rotate=first_half_into_a_clone),
     "the first half, by wider tables": attention(rotate=first_half_by_wider_tables),
     "groups of heads, by einsum": attention(repeat=lambda k: k, attend=in_groups),
@@ -720,6 +766,8 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
         "gdn_gates",
         gates(lambda a: a * (a > 1) + (-a.abs()).exp().log1p()),
     ),
+    "a rotation the other way": ("qk_norm_rope_gate", attention(rotate=the_other_way)),
+    "a rotation of the conjugate": ("qk_norm_rope_gate", attention(rotate=of_the_conjugate)),
     "a rotation of pairs side by side": ("qk_norm_rope_gate", attention(turn=pairs_side_by_side)),
     "a linear as a sum of products is no matrix product": (
         "same_input_linears",
