@@ -37,17 +37,30 @@ def spell_sizes(program: Program) -> None:
         if expression.is_Integer:  # the trace has found what it has to be
             for user in list(node.users):
                 _put_number(user, node, int(expression))
-        elif expression in known or expression in sources:
-            if expression not in known:
-                with program.graph.inserting_after(program.placeholders()[-1]):
-                    asked = program.graph.call_function(torch.ops.aten.sym_size.int, sources[expression])
-                asked.meta.update(node.meta)
-                known[expression] = asked
-            node.replace_all_uses_with(known[expression])
         else:
-            continue
+            asked = _asked(program, size, known, sources)
+            if asked is None:
+                continue
+            node.replace_all_uses_with(asked)
         program.graph.erase_node(node)
     _fold_numbers(program)
+
+
+def size_of_inputs(program: Program, size: Any) -> Any:
+    """A number, or the node that is this size from the graph's start on; None where no input has it."""
+    return size if type(size) is int else _asked(program, size, *_sizes_of_inputs(program))
+
+
+def _asked(
+    program: Program, size: Any, known: dict[Any, Node], sources: dict[Any, tuple[Node, int]]
+) -> Node | None:
+    expression = size.node.expr
+    if expression not in known and expression in sources:
+        with program.graph.inserting_after(program.placeholders()[-1]):
+            asked = program.graph.call_function(torch.ops.aten.sym_size.int, sources[expression])
+        asked.meta["val"] = size
+        known[expression] = asked
+    return known.get(expression)
 
 
 def _fold_numbers(program: Program) -> None:

@@ -961,12 +961,12 @@ def test_rows_written_by_an_index_are_a_cache_of_the_prologue() -> None:
 
 CACHES: dict[str, Callable[..., Any]] = {
     "a part of it is assigned": lambda cache, k, p, dim: (
-        cache.narrow(dim, 2, T).copy_(k),
+        cache.narrow(dim, 2, k.shape[dim]).copy_(k),
         cache,
     ),
     "a part of it is assigned, and its start read": lambda cache, k, p, dim: (
-        cache.narrow(dim, 2, T).copy_(k),
-        cache.narrow(dim, 0, T + 2),
+        cache.narrow(dim, 2, k.shape[dim]).copy_(k),
+        cache.narrow(dim, 0, k.shape[dim] + 2),
     ),
     "index_copy_": lambda cache, k, p, dim: (cache.index_copy_(dim, p, k),) * 2,
     "scatter_": lambda cache, k, p, dim: (
@@ -978,7 +978,7 @@ CACHES: dict[str, Callable[..., Any]] = {
 
 def with_caches(write: Callable[..., Any], tokens_first: bool, joined: bool = False) -> Callable[..., Any]:
     def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, p: Tensor) -> Any:
-        q, k, v = (F.linear(x, w).view(B, T, -1, D) for w in (m.wq, m.wk, m.wv))
+        q, k, v = (F.linear(x, w).unflatten(-1, (-1, D)) for w in (m.wq, m.wk, m.wv))
         c, s = cos[:, None], sin[:, None]
         q, k = (y * c + rotate_cat(y) * s for y in (q, k))
         k, v = (y if tokens_first else y.transpose(1, 2) for y in (k, v))
@@ -1027,10 +1027,11 @@ def test_a_value_may_be_projected_last(read: bool) -> None:
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("tokens_first", [False, True])
-def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_caches_of_the_prologue(name: str, tokens_first: bool, dynamic: bool) -> None:
     joined = name == "appended to"
     module, given = Block(with_caches(CACHES[name], tokens_first, joined)), given_caches(tokens_first)
-    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=dynamic)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 1, rewritten.report.misses
     (match,) = rewritten.report.graphs[0].outcomes["qk_norm_rope_gate"].matches
