@@ -8,7 +8,8 @@ region does not run on them they are 0. Sizes that vary get primes, and so does 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from functools import lru_cache
+from itertools import cycle, product
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -286,17 +287,35 @@ def _sizes(region: Sequence[Node], primes: Sequence[int]) -> dict[Any, int]:
     numbers = [n for n in numbers if isinstance(n, torch.SymInt)]
     for number in numbers:
         _concrete(number, sizes, primes)
-    found = [guard.expr for guard in numbers[0].node.shape_env.guards] if numbers else []
+    env = numbers[0].node.shape_env if numbers else None
+    found = [env.replace(guard.expr) for guard in env.guards] if env else []
     equal = [e for e in found if isinstance(e, sympy.Eq) and e.free_symbols and e.free_symbols <= set(sizes)]
     tied = sorted(set[Any]().union(*(each.free_symbols for each in equal)), key=str)
-    if all(each.subs(sizes) for each in equal) or len(tied) > MOST_TIED:
+    if all(each.subs(sizes) for each in equal) or not all(map(env.has_guarding_hint, tied)):
         return sizes
-    tries = product(primes[: max(2, len(tied) // 2)], repeat=len(tied))
-    fitting = [dict(zip(tied, each, strict=True)) for each in tries]
-    fitting = [each for each in fitting if all(equation.subs({**sizes, **each}) for equation in equal)]
-    most = max((len(set(each.values())) for each in fitting), default=0)
-    best = [each for each in fitting if len(set(each.values())) == most]
-    return {**sizes, **best[len(best) // 2]} if best else sizes  # the first has the two products alike
+    traced = tuple(env.guarding_hint_or_throw(symbol) for symbol in tied)
+    return {**sizes, **_together(tuple(equal), tuple(tied), tuple(primes), traced)}
+
+
+@lru_cache(64)
+def _together(
+    equal: Sequence[Any], tied: Sequence[Any], primes: Sequence[int], traced: Sequence[int]
+) -> dict[Any, int]:
+    """Sizes for which the equations hold, as many different ones as may be: primes or, where none do, also
+    what they were traced with; then sizes that were traced alike have the same prime.
+    """
+    of_traced = dict(zip(dict.fromkeys(traced), cycle(primes), strict=False))
+    ways = [[primes[: max(2, len(tied) // 2)]] * len(tied)] if len(tied) <= MOST_TIED else []
+    if len(tied) <= 2 * MOST_TIED:
+        ways.append([(size, of_traced[size]) for size in traced])
+    for way in ways:
+        fitting = [dict(zip(tied, each, strict=True)) for each in product(*way)]
+        fitting = [each for each in fitting if all(equation.subs(each) for equation in equal)]
+        merits = [(len(set(each.values())), sum(n in primes for n in each.values())) for each in fitting]
+        best = [each for each, merit in zip(fitting, merits, strict=True) if merit == max(merits)]
+        if best:
+            return best[len(best) // 2]  # the first has the two products alike
+    return dict(zip(tied, traced, strict=True))
 
 
 def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:

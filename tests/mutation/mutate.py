@@ -176,7 +176,7 @@ FAULTS = (
     Fault("passes/causal_conv1d.py", "new, reordered=True)", "new)", STRANGERS + " -k leaves_the_graph"),
     Fault("passes/regions.py", "(reordered or order != sorted(order))", "reordered and False", PASSES + "test_output_layout.py"),
     Fault("passes/regions.py", "not restored or dense_order(value) is None", "not restored", PASSES + "test_output_layout.py"),
-    Fault("passes/judge.py", "if best else sizes", "if False else sizes", PASSES + "test_judge.py"),
+    Fault("passes/judge.py", "        if best:\n", "        if False:\n", PASSES + "test_judge.py"),
     Fault("passes/rejoined_parts.py", "or features != tuple(range(width))", "", PASSES + "test_rejoined_parts.py"),
     Fault("passes/backward.py", "return self._needed and writes.is_written(source)", "return False", NORMAL + " -k for_the_backward"),
     Fault("passes/one_row_linears.py", "if why is not None:", "if False:", SPEED),

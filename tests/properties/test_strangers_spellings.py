@@ -832,6 +832,14 @@ def test_a_root_mean_square_whose_dimension_comes_late(
     assert rewritten.report.matched == 1
 
 
+@pytest.mark.parametrize("name", ["a linear of equal weights", "a product with ones", "numbers as tensors"])
+def test_a_root_mean_square_by_weights_of_a_size_that_the_trace_has_found(name: str) -> None:
+    module, given = Block(NORMS[name]), hidden()
+    rewritten = rewrite(module, given, passes=("rms_norm",), dynamic=True)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 1
+
+
 @pytest.mark.parametrize(
     "again",
     [
