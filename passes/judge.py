@@ -287,7 +287,7 @@ def _sizes(region: Sequence[Node], primes: Sequence[int]) -> dict[Any, int]:
     numbers = [n for n in numbers if isinstance(n, torch.SymInt)]
     for number in numbers:
         _concrete(number, sizes, primes)
-    env = numbers[0].node.shape_env if numbers else None
+    env: Any = numbers[0].node.shape_env if numbers else None
     found = [env.replace(guard.expr) for guard in env.guards] if env else []
     equal = [e for e in found if isinstance(e, sympy.Eq) and e.free_symbols and e.free_symbols <= set(sizes)]
     tied = sorted(set[Any]().union(*(each.free_symbols for each in equal)), key=str)
