@@ -39,7 +39,7 @@ ONE_LARGE = (0.1, 30.0)
 LARGE = ((30.0,), ONE_LARGE, MIXED, ONE_LARGE) * 8
 OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
-LINE = torch.linspace(-40, 40, 321, dtype=torch.float64)
+LINE = tuple(n / 4 for n in range(-160, 161))
 MOST_TIED = 6  # sizes for which combinations of primes are tried
 # What whole inputs stay 0, in the order in which it is tried: none, numbers, masks as well.
 _NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -149,13 +149,13 @@ def _same_along(
 ) -> bool:
     """Whether both give the same, digit by digit, for inputs on a line; the others are 0."""
     with unset_fake_temporarily(), torch.no_grad():
-        fewer = Fewer(_large_batch(region), TRIALS[0][0])
+        fewer, line = Fewer(_large_batch(region), TRIALS[0][0]), torch.tensor(LINE, dtype=torch.float64)
         inputs = _drawn(region, TRIALS[0], (0.0,), 0, given, fewer, _ZEROS[-1])
         count = max(min((inputs[node].numel() for node in along), default=len(LINE)), 1)
         for start in range(0, len(LINE) if along else 0, count):
             for node in along:
                 places = torch.arange(start, start + inputs[node].numel()).clamp(max=len(LINE) - 1)
-                inputs[node] = LINE[places].view_as(inputs[node])
+                inputs[node] = line[places].view_as(inputs[node])
             values, got = run(region, _copied(inputs), fewer), candidate(_copied(inputs))
             if not all(
                 torch.allclose(values[n], y, TOLERANCE, TOLERANCE) for n, y in zip(outputs, got, strict=True)
