@@ -8,6 +8,7 @@ After:  attention(q, index_copy_(cache, 2, arange(3, 7), k), …)
         transpose(cat([past, transpose(transpose(k, 1, 2), 1, 2)], 1), 1, 2)
 """
 
+import operator
 from collections.abc import Iterable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from fxfuse.passes.filled_memory import interval_of
+from fxfuse.passes.known_sizes import size_of_inputs
 from fxfuse.passes.linear_spellings import value_of
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call, writers_of
@@ -45,7 +47,8 @@ def origin_of(node: Node) -> tuple[Node, bool]:
         passed.append((node, turned and not _has_one_order(node)))
     if node.op == "placeholder" or str(node.target) == INDEX_COPY:
         return node, turned
-    return next((each for each in reversed(passed) if not each[1]), passed[0] if passed else (node, turned))
+    seen = (each for each in reversed(passed) if not each[1] and value_of(each[0]).dim() == 4)  # type: ignore[union-attr]
+    return next(seen, passed[0] if passed else (node, turned))
 
 
 def _has_one_order(node: Node) -> bool:
@@ -64,7 +67,7 @@ def _is_turn(node: Node) -> bool:
 
 def spell_caches(program: Program, read: Iterable[Node]) -> None:
     """Rewrite in place the caches from which `read` come, keys and values of attention."""
-    positions: dict[tuple[int, int], Node] = {}
+    positions: dict[tuple[int, str], Node] = {}
     for node in read:
         origin, turned = origin_of(node)
         if origin.op == "placeholder" and _by_positions(program, origin, 1 if turned else 2, positions):
@@ -78,7 +81,7 @@ def spell_caches(program: Program, read: Iterable[Node]) -> None:
             program.refresh()
 
 
-def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int, int], Node]) -> bool:
+def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int, str], Node]) -> bool:
     """The one copy into consecutive places of an input, as a write at positions, read from then on."""
     writers = writers_of(program.graph).get(storage_of(cache), [])
     write = writers[0] if len(writers) == 1 else None
@@ -93,14 +96,22 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
     alike = (new.dtype, new.device) == (given.dtype, given.device)  # type: ignore[union-attr]
     if not alike or not equal_sizes(new.shape, given.shape):  # type: ignore[union-attr]
         return False
-    aten, span = torch.ops.aten, part[1:]
-    position = {node: i for i, node in enumerate(program.graph.nodes)}
+    aten, (start, size) = torch.ops.aten, part[1:]
+    first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+    span = (start, str(size))
     if span not in known:
-        first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
+        length = size_of_inputs(program, size)
+        if length is None:
+            return False
         with program.graph.inserting_before(first):
+            end = start + size
+            if isinstance(length, Node):
+                end = program.graph.call_function(operator.add, (start, length))
+                end.meta["val"] = start + size
             known[span] = program.graph.call_function(
-                aten.arange.start, span, {"dtype": torch.int64, "device": given.device}
+                aten.arange.start, (start, end), {"dtype": torch.int64, "device": given.device}
             )
+    position = {node: i for i, node in enumerate(program.graph.nodes)}
     with program.graph.inserting_before(write):
         written = call(program, write, aten.index_copy_.default, cache, dim, known[span], values)
     cache.replace_all_uses_with(written, lambda user: position.get(user, -1) > position[write])

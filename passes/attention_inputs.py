@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_leaves
 from fxfuse.passes.attention_caches import INDEX_COPY, origin_of, spell_caches
 from fxfuse.passes.linear_spellings import turned as turned_last
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import Refused, behind, read_by, writers_of
-from fxfuse.passes.row_parts import Part, parts_of
+from fxfuse.passes.regions import Refused, behind, is_made_of_numbers, read_by, writers_of
+from fxfuse.passes.row_parts import Part, parts_of, projections
 from fxfuse.passes.storage_writes import equal_sizes, storage_of
 from fxfuse.patterns import ops
 from fxfuse.patterns import readings as readings_of
@@ -153,7 +153,7 @@ def dims_of(node: Node) -> int:
 
 def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node], list[Node]]:
     """The nodes that depend on projections, with the cones of the norms' weights; those; cos and sin."""
-    linears = set(program.calls(ops.LINEAR))
+    linears = projections(program)
     caches = {storage_of(n) for n in found.caches}
     writers = {s: calls for s, calls in writers_of(program.graph).items() if s not in caches}
     everything = behind(found.results, linears, writers)
@@ -169,7 +169,7 @@ def region_of(program: Program, found: Candidate) -> tuple[list[Node], list[Node
     for node in (n for n in inputs if n not in given):
         cone = behind([node], (), writers)
         parameters = [n for n in read_by(cone) if n.op == "placeholder"] if cone else [node]
-        if cone and all(n.op == "get_attr" for n in read_by(cone)):  # made of numbers alone
+        if is_made_of_numbers(node, cone):
             dependent.update(cone)
         elif (
             len(parameters) == 1
@@ -188,18 +188,22 @@ def _bases(angles: list[Node], region: set[Node]) -> list[Node]:
     """cos and sin themselves, where parts of them are read; the calls on the way join the region."""
     found = list(dict.fromkeys(angles))
     while len(found) > 2 or any(_is_more(n) for n in found):
-        parts = {n: _call_of(n) for n in found if str(_call_of(n).target) in readings_of.ON_ANGLES}
+        parts = [n for n in found if len(found) > 2 or _is_more(n)]
+        parts = [n for n in parts if str(_call_of(n).target) in readings_of.ON_ANGLES]
         if not parts:
             break
-        region.update((*parts, *parts.values()))
-        read = ([m for m in parts[n].all_input_nodes if dims_of(m)] if n in parts else [n] for n in found)
+        # the last one, but first those of which there is a part already: cos of the query, then of the key
+        part = max(parts, key=lambda n: (not set(found).isdisjoint(_call_of(n).all_input_nodes), n))
+        region.update((part, _call_of(part)))
+        read = ([m for m in _call_of(n).all_input_nodes if dims_of(m)] if n is part else [n] for n in found)
         found = list(dict.fromkeys(chain.from_iterable(read)))
     return found
 
 
 def _is_more(node: Node) -> bool:
-    """Whether a tensor is more than cos or sin: both as one complex number, or made as wide as a head."""
-    return node.meta["val"].is_complex() or str(node.target) in readings_of.PADDINGS
+    """Whether a tensor is more than cos or sin: both as complex numbers or pairs, or wide as a head."""
+    pairs = str(node.target) == ops.STACK and len(node.all_input_nodes) > 1
+    return pairs or node.meta["val"].is_complex() or str(node.target) in readings_of.PADDINGS
 
 
 def _call_of(node: Node) -> Node:
@@ -227,7 +231,7 @@ def readings(
         raise Refused(
             found.query, f"it reads {len(weights)} weights of norms and {len(angles)} tensors of angles"
         )
-    linears = set(program.calls(ops.LINEAR))
+    linears = projections(program)
     cones = [set(behind([n], linears)) for n in found.operands]
     by_role: list[list[Part]] = [[], [], [], []]
     rows = [n for n in read_by([*region, *cones[2]]) if n in linears]

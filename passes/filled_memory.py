@@ -76,7 +76,7 @@ def _fills(made: Node, position: dict[Node, int]) -> tuple[int, dict[Node, Node]
     for place in made.users:
         (write,) = place.users if len(place.users) == 1 else (None,)
         found = None if write is None or written_by(write) != [place] else interval_of(place)
-        if found is None:
+        if found is None or not all(type(n) is int for n in (found[2], value_of(made).shape[found[0]])):  # type: ignore[union-attr]
             continue
         if str(write.target) != "aten.copy_.default" or len(write.args) != 2 or write.kwargs or write.users:  # type: ignore[union-attr]
             return None
@@ -94,8 +94,8 @@ def _fills(made: Node, position: dict[Node, int]) -> tuple[int, dict[Node, Node]
     return dims.pop(), places
 
 
-def interval_of(place: Node) -> tuple[int, int, int] | None:
-    """Dimension, start and end of a place that is a part of its memory along one dimension."""
+def interval_of(place: Node) -> tuple[int, int, Any] | None:
+    """Dimension, start and length of a place that is a part of its memory along one dimension."""
     given: tuple[Any, ...] = place.args
     whole, value = value_of(given[0]), value_of(place)
     if whole is None or value is None or place.kwargs or not whole.dim():
@@ -107,12 +107,12 @@ def interval_of(place: Node) -> tuple[int, int, int] | None:
     else:
         return None
     dim %= whole.dim()
-    size, length = whole.shape[dim], value.shape[dim]
-    start = 0 if start is None else start
-    if step != 1 or not all(type(n) is int for n in (start, size, length)):
+    size, start = whole.shape[dim], 0 if start is None else start
+    if step != 1 or type(start) is not int or (type(size) is not int and start < 0):
         return None
-    start = max(start + size, 0) if start < 0 else min(start, size)
-    return dim, start, start + length
+    if type(size) is int:
+        start = max(start + size, 0) if start < 0 else min(start, size)
+    return dim, start, value.shape[dim]
 
 
 def _parts(
@@ -121,7 +121,7 @@ def _parts(
     """What fills the memory from its start to its end, None if that is unknown; a pair stays as it was."""
     value, at = made.meta["val"], 0
     parts: list[Node | tuple[int, int]] = []
-    for (_, start, end), write in sorted((interval_of(place), write) for write, place in places.items()):  # type: ignore[type-var, misc]
+    for (_, start, length), write in sorted((interval_of(place), write) for write, place in places.items()):  # type: ignore[type-var, misc]
         new = write.args[1]
         known = value_of(new)
         if known is None or (known.dtype, known.device) != (value.dtype, value.device) or start < at:
@@ -132,7 +132,7 @@ def _parts(
             return None
         parts += [(at, start)] if at < start else []
         parts.append(new)  # type: ignore[arg-type]
-        at = end
+        at = start + length
     parts += [(at, value.shape[dim])] if at < value.shape[dim] else []
     before = made.args[0] if str(made.target) == ops.CLONE else None
     gaps = any(isinstance(part, tuple) for part in parts)

@@ -32,7 +32,8 @@ def _of_token(gate: Node) -> Node:
 
 
 def _gates(decay: Node, rate: Node) -> Bound | None:
-    for first in matches(idioms.LOG_DECAY, _of_token(decay)):
+    signs = (idioms.LOG_DECAY, -idioms.LOG_DECAY)  # −softplus(x) = log σ(−x) has one of its own
+    for first in (bound for formula in signs for bound in matches(formula, _of_token(decay))):
         for second in matches(idioms.RATE, _of_token(rate)):
             if equal_sizes(first["a"].meta["val"].shape, second["b"].meta["val"].shape):
                 return {**first, **second}
@@ -60,7 +61,8 @@ def _accepted(guards: Guards, judge: Judge, rule: Node, decay: Node, rate: Node,
     shared = next((u for n in (decay, rate) for u in n.users if u is not rule), None)
     if shared is not None:
         raise Refused(shared, f"a gate is used by {shared.name}, too")
-    if not judge.equal(region, [decay, rate], _operator_on(bound, [decay, rate]), RULE):
+    along = (bound["a"], bound["b"])
+    if not judge.equal(region, [decay, rate], _operator_on(bound, [decay, rate]), RULE, along=along):
         raise Refused(decay, "run on random values they are no gates of the delta rule")
     return region
 

@@ -8,7 +8,8 @@ region does not run on them they are 0. Sizes that vary get primes, and so does 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import product
+from functools import lru_cache
+from itertools import cycle, product
 from math import prod
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -38,6 +39,7 @@ ONE_LARGE = (0.1, 30.0)
 LARGE = ((30.0,), ONE_LARGE, MIXED, ONE_LARGE) * 8
 OF_UNKNOWN = 8  # of these, for an operator of which nobody has said that it does the same to all values
 TOLERANCE = 1e-7
+LINE = tuple(n / 4 for n in range(-160, 161))
 MOST_TIED = 6  # sizes for which combinations of primes are tried
 # What whole inputs stay 0, in the order in which it is tried: none, numbers, masks as well.
 _NUMBERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -62,6 +64,7 @@ class Judge:
         name: str,
         states: Sequence[Node] = (),
         given: Callable[[Node, Sequence[int]], Tensor | None] = lambda node, shape: None,
+        along: Sequence[Node] = (),
     ) -> bool:
         """Whether `candidate` gives the values of `outputs`, and leaves `states` as the region does.
 
@@ -69,12 +72,14 @@ class Judge:
             candidate: called with the values of the region's inputs, which it may write to.
             name: tells candidates apart where the regions are equal.
             given: a value for an input that must not be drawn at random, such as indices.
+            along: inputs to which functions of one number are applied; these are compared at all of `LINE`.
 
         Raises Refused where an input is too large to be drawn.
         """
         key = name + "\n" + _structure(region, outputs, states)
         if key not in self._known:
-            self._known[key] = self._run(region, outputs, candidate, states, given)
+            same = self._run(region, outputs, candidate, states, given)
+            self._known[key] = same and _same_along(region, outputs, candidate, given, along)
         return self._known[key]
 
     def _run(
@@ -133,6 +138,30 @@ class Judge:
         if idle:
             raise Refused(idle[0], f"{idle[0].name} acts on values that no trial has: it cannot be left out")
         return True
+
+
+def _same_along(
+    region: Sequence[Node],
+    outputs: Sequence[Node],
+    candidate: Candidate,
+    given: Callable[[Node, Sequence[int]], Tensor | None],
+    along: Sequence[Node],
+) -> bool:
+    """Whether both give the same, digit by digit, for inputs on a line; the others are 0."""
+    with unset_fake_temporarily(), torch.no_grad():
+        fewer, line = Fewer(_large_batch(region), TRIALS[0][0]), torch.tensor(LINE, dtype=torch.float64)
+        inputs = _drawn(region, TRIALS[0], (0.0,), 0, given, fewer, _ZEROS[-1])
+        count = max(min((inputs[node].numel() for node in along), default=len(LINE)), 1)
+        for start in range(0, len(LINE) if along else 0, count):
+            for node in along:
+                places = torch.arange(start, start + inputs[node].numel()).clamp(max=len(LINE) - 1)
+                inputs[node] = line[places].view_as(inputs[node])
+            values, got = run(region, _copied(inputs), fewer), candidate(_copied(inputs))
+            if not all(
+                torch.allclose(values[n], y, TOLERANCE, TOLERANCE) for n, y in zip(outputs, got, strict=True)
+            ):
+                return False
+    return True
 
 
 class Fewer(NamedTuple):
@@ -258,17 +287,35 @@ def _sizes(region: Sequence[Node], primes: Sequence[int]) -> dict[Any, int]:
     numbers = [n for n in numbers if isinstance(n, torch.SymInt)]
     for number in numbers:
         _concrete(number, sizes, primes)
-    found = [guard.expr for guard in numbers[0].node.shape_env.guards] if numbers else []
+    env: Any = numbers[0].node.shape_env if numbers else None
+    found = [env.replace(guard.expr) for guard in env.guards] if env else []
     equal = [e for e in found if isinstance(e, sympy.Eq) and e.free_symbols and e.free_symbols <= set(sizes)]
     tied = sorted(set[Any]().union(*(each.free_symbols for each in equal)), key=str)
-    if all(each.subs(sizes) for each in equal) or len(tied) > MOST_TIED:
+    if all(each.subs(sizes) for each in equal) or not all(map(env.has_guarding_hint, tied)):
         return sizes
-    tries = product(primes[: max(2, len(tied) // 2)], repeat=len(tied))
-    fitting = [dict(zip(tied, each, strict=True)) for each in tries]
-    fitting = [each for each in fitting if all(equation.subs({**sizes, **each}) for equation in equal)]
-    most = max((len(set(each.values())) for each in fitting), default=0)
-    best = [each for each in fitting if len(set(each.values())) == most]
-    return {**sizes, **best[len(best) // 2]} if best else sizes  # the first has the two products alike
+    traced = tuple(env.guarding_hint_or_throw(symbol) for symbol in tied)
+    return {**sizes, **_together(tuple(equal), tuple(tied), tuple(primes), traced)}
+
+
+@lru_cache(64)
+def _together(
+    equal: Sequence[Any], tied: Sequence[Any], primes: Sequence[int], traced: Sequence[int]
+) -> dict[Any, int]:
+    """Sizes for which the equations hold, as many different ones as may be: primes or, where none do, also
+    what they were traced with; then sizes that were traced alike have the same prime.
+    """
+    of_traced = dict(zip(dict.fromkeys(traced), cycle(primes), strict=False))
+    ways = [[primes[: max(2, len(tied) // 2)]] * len(tied)] if len(tied) <= MOST_TIED else []
+    if len(tied) <= 2 * MOST_TIED:
+        ways.append([(size, of_traced[size]) for size in traced])
+    for way in ways:
+        fitting = [dict(zip(tied, each, strict=True)) for each in product(*way)]
+        fitting = [each for each in fitting if all(equation.subs(each) for equation in equal)]
+        merits = [(len(set(each.values())), sum(n in primes for n in each.values())) for each in fitting]
+        best = [each for each, merit in zip(fitting, merits, strict=True) if merit == max(merits)]
+        if best:
+            return best[len(best) // 2]  # the first has the two products alike
+    return dict(zip(tied, traced, strict=True))
 
 
 def _concrete(value: Any, sizes: dict[Any, int], primes: Sequence[int]) -> Any:

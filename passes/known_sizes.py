@@ -3,6 +3,9 @@
 Before: y = linear(x, w); n = sym_size(y, 0); _assert_tensor_metadata(y, dtype=torch.float32)
 After:  n = sym_size(x, 0); y = linear(x, w)
 
+Before: n = sym_size(w, 1); z = s * (1.0 / sym_float(n))
+After:  z = s * 0.125, where the trace has found that n is 8
+
 A guard is added for one size only, which no compiled graph leaves open.
 """
 
@@ -47,16 +50,43 @@ def spell_sizes(program: Program) -> None:
         if expression.is_Integer:  # the trace has found what it has to be
             for user in list(node.users):
                 _put_number(user, node, int(expression))
-        elif expression in known or expression in sources:
-            if expression not in known:
-                with program.graph.inserting_after(program.placeholders()[-1]):
-                    asked = program.graph.call_function(torch.ops.aten.sym_size.int, sources[expression])
-                asked.meta.update(node.meta)
-                known[expression] = asked
-            node.replace_all_uses_with(known[expression])
         else:
-            continue
+            asked = _asked(program, size, known, sources)
+            if asked is None:
+                continue
+            node.replace_all_uses_with(asked)
         program.graph.erase_node(node)
+    _fold_numbers(program)
+
+
+def size_of_inputs(program: Program, size: Any) -> Any:
+    """A number, or the node that is this size from the graph's start on; None where no input has it."""
+    return size if type(size) is int else _asked(program, size, *_sizes_of_inputs(program))
+
+
+def _asked(
+    program: Program, size: Any, known: dict[Any, Node], sources: dict[Any, tuple[Node, int]]
+) -> Node | None:
+    expression = size.node.expr
+    if expression not in known and expression in sources:
+        with program.graph.inserting_after(program.placeholders()[-1]):
+            asked = program.graph.call_function(torch.ops.aten.sym_size.int, sources[expression])
+        asked.meta["val"] = size
+        known[expression] = asked
+    return known.get(expression)
+
+
+def _fold_numbers(program: Program) -> None:
+    """1 / sym_float(8) -> 0.125: Python's arithmetic on sizes, once they are known."""
+    for node in list(program.graph.nodes):
+        is_number = isinstance(node.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+        if node.op != "call_function" or not is_number or isinstance(node.target, torch._ops.OpOverload):
+            continue
+        if node.args and not node.kwargs and all(type(n) in (int, float) for n in node.args):
+            number = node.target(*node.args)  # type: ignore[operator]
+            for user in list(node.users):
+                _put_number(user, node, number)
+            program.graph.erase_node(node)
 
 
 def _sizes_of_inputs(program: Program) -> tuple[dict[Any, Node], dict[Any, tuple[Node, int]]]:
@@ -74,5 +104,5 @@ def _sizes_of_inputs(program: Program) -> tuple[dict[Any, Node], dict[Any, tuple
     return known, sources
 
 
-def _put_number(user: Node, size: Node, number: int) -> None:
+def _put_number(user: Node, size: Node, number: float) -> None:
     user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: number if n is size else n)

@@ -49,7 +49,7 @@ def spell_moved_elements(program: Program) -> None:
         if spelled is None and str(node.target) in _VIEWS:
             spelled = _VIEWS[str(node.target)](program, node)
         elif spelled is None and str(node.target) != ops.CAT and not backward.parts(node, *_tensors(node)):
-            spelled = _joined(writes, node)
+            spelled = _joined(program, writes, node)
         if spelled is None:
             continue
         node.target, node.args = spelled
@@ -134,8 +134,8 @@ _VIEWS = {
 }
 
 
-def _joined(writes: StorageWrites, node: Node) -> Any:
-    """A stack whose new dimension is joined with the next one: the parts side by side."""
+def _joined(program: Program, writes: StorageWrites, node: Node) -> Any:
+    """A stack whose new dimension is joined with the next one: the parts side by side, reshaped perhaps."""
     stack: Any = node.args[0]
     if str(stack.target) != ops.STACK or any(writes.is_written(n) for n in stack.all_input_nodes):
         return None
@@ -146,4 +146,13 @@ def _joined(writes: StorageWrites, node: Node) -> Any:
         return None
     shape = list(part.shape)
     shape[dim] = shape[dim] * len(parts)
-    return (torch.ops.aten.cat.default, (list(parts), dim)) if equal_sizes(value.shape, shape) else None
+    joined = torch.ops.aten.cat.default, (list(parts), dim)
+    if equal_sizes(value.shape, shape):
+        return joined
+    rows = dim == part.dim() - 1 and equal_sizes(value.shape[-1:], shape[-1:])
+    if str(node.target) not in ops.RESHAPES or not rows:
+        return None
+    with program.graph.inserting_before(node):
+        cat = program.graph.call_function(*joined)
+    cat.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+    return torch.ops.aten.reshape.default, (cat, node.args[1])

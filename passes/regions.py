@@ -73,6 +73,12 @@ def read_by(region: Sequence[Node]) -> list[Node]:
     return list(dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside))
 
 
+def is_made_of_numbers(node: Node, cone: Sequence[Node] | None = None) -> bool:
+    """Whether a node is computed from nothing but numbers and constants of the graph."""
+    calls = behind([node], ()) if cone is None else cone
+    return bool(calls) and all(n.op == "get_attr" for n in read_by(calls))
+
+
 class Refused(Exception):
     """Why a candidate is left alone: the node that decides, and the reason."""
 

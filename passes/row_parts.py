@@ -11,7 +11,8 @@ from torch.fx import Node
 from fxfuse.passes.layout_chains import blocks_of
 from fxfuse.passes.numbered_features import TooLarge, cuts_of, region_of
 from fxfuse.passes.program import Program
-from fxfuse.passes.regions import call
+from fxfuse.passes.regions import call, is_made_of_numbers
+from fxfuse.patterns import ops
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class Part:
             return groups
         inner = call(program, self.node, torch.ops.aten.unflatten.int, groups, -1, list(dims[1:]))
         return inner
+
+
+def projections(program: Program) -> set[Node]:
+    """The linears of weights; one of numbers alone, such as a sum by ones, projects nothing."""
+    linears = program.calls(ops.LINEAR)
+    return {n for n in linears if not is_made_of_numbers(n.args[1])}  # type: ignore[arg-type]
 
 
 def parts_of(linear: Node) -> list[Part]:

@@ -127,7 +127,6 @@ _FACTORS: dict[str, Callable[..., tuple[float, Items] | None]] = {
     "aten.exp.default": _exp_of_logarithm,
     "aten.linalg_norm.default": _root_of_squares,
     "aten.linalg_vector_norm.default": _root_of_squares,
-    "aten.log_sigmoid.default": lambda a: (-1.0, [(Virtual("softplus of minus", a), 1.0)]),
     "aten.silu.default": lambda a: (1.0, [(a, 1.0), (Virtual("sigmoid", a), 1.0)]),
     "aten.rms_norm.default": _rms_norm_factors,
 }

@@ -19,8 +19,15 @@ from fxfuse.patterns.factors import factors_of, may_raise, merged
 from fxfuse.patterns.formula import Call, Formula, Product, Scalar, Sum, Var
 from fxfuse.patterns.reductions import reduced_arguments
 from fxfuse.patterns.sigmoid import doubled_sigmoid, sigmoid_arguments
-from fxfuse.patterns.softplus import softplus_arguments
-from fxfuse.patterns.terms import Items, Term, argument_of, before_broadcast, before_exact_casts, uncast
+from fxfuse.patterns.terms import (
+    Items,
+    Term,
+    argument_of,
+    before_broadcast,
+    before_exact_casts,
+    sole_sources,
+    uncast,
+)
 
 Bound = Mapping[str, Any]  # variables to nodes, scalars to numbers
 
@@ -51,7 +58,7 @@ def _arguments(function: str, term: Term) -> Iterator[Term]:
     elif function == "sigmoid":
         yield from sigmoid_arguments(term)
     elif function == "softplus":
-        yield from softplus_arguments(term)
+        yield from sole_sources(term)  # in any spelling: whether it is one, its values say
     elif (argument := argument_of(function, term)) is not None:
         yield argument
 

@@ -35,18 +35,6 @@ SUMS = {
 # Tensors of nothing but zeros.
 ZEROS = frozenset({"aten.zeros.default", "aten.zeros_like.default", "aten.new_zeros.default"})
 
-LOWER_BOUNDS = frozenset(
-    {"aten.clamp.default", "aten.clamp.Tensor", "aten.clamp_min.default", "aten.clamp_min.Tensor"}
-)
-UPPER_BOUNDS = {"aten.clamp.default": 3, "aten.clamp_max.default": 2}  # how many arguments one has
-LARGER = frozenset({"aten.maximum.default", "aten.fmax.default", "aten.max.other"})
-CHOICES = frozenset({"aten.where.self", "aten.where.ScalarOther"})
-
-# Comparisons with a number, and from where on softplus(x) and x are the same in fp32.
-ABOVE = frozenset({"aten.gt.Scalar", "aten.ge.Scalar"})
-BELOW = frozenset({"aten.lt.Scalar", "aten.le.Scalar"})
-SOFTPLUS_IS_LINEAR = 17.0
-
 LARGEST_EPS = 1e-2
 
 
@@ -85,9 +73,12 @@ ON_ANGLES = (
     | PADDINGS
     | frozenset(
         {
+            "aten._conj.default",
             "aten.complex.default",
+            "aten.conj.default",
             "aten.neg.default",
             "aten.repeat.default",
+            "aten.resolve_conj.default",
             "aten.to.dtype",
             "aten.view_as_complex.default",
         }

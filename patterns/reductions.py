@@ -83,11 +83,12 @@ def _weighted_alike(product: Node) -> tuple[str, Term, Any] | None:
         return None
     place, count = FILLED[str(weight.target)], x.meta["val"].shape[-1]  # type: ignore[union-attr]
     number: Any = 1.0 if place is None else weight.args[place]
-    if product.meta["val"].shape[-1] != 1 or weight.meta["val"].numel() != count:
+    if product.meta["val"].shape[-1] != 1 or not statically_known_true(weight.meta["val"].numel() == count):
         return None
     if number == 1:
         return "sum", x, count  # type: ignore[return-value]
-    alike = isinstance(number, float) and isinstance(count, int) and math.isclose(number * count, 1)
+    whole = round(1 / number) if isinstance(number, float) and 2**-53 < number < 1 else 0
+    alike = statically_known_true(count == whole) and math.isclose(number * whole, 1)
     return ("mean", x, count) if alike else None  # type: ignore[return-value]
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from fxfuse.patterns import readings
 from fxfuse.patterns.addends import addends_of
 from fxfuse.patterns.factors import as_multiple, factors_of, negated
-from fxfuse.patterns.ops import SELECT, STACK
-from fxfuse.patterns.positive_part import is_zero
+from fxfuse.patterns.ops import CONSTANT_COPY, FILLED, SELECT, STACK
 from fxfuse.patterns.terms import Items, Term, Virtual, argument_of, uncast
 
 
@@ -81,8 +81,21 @@ def _first_of_two(term: Node) -> Iterator[Term]:
     if len(parts) != 2 or len({d % dims for d in (dim, along_scores, along)}) != 1:
         return
     x, zero = parts if place in (0, -2) else parts[::-1]
-    if is_zero(zero):
+    if _is_zero(zero):
         yield x
+
+
+def _is_zero(x: Any) -> bool:
+    """Whether an argument is 0 or a tensor of zeros."""
+    if not isinstance(x, Node):
+        return type(x) in (int, float) and x == 0
+    made: Any = uncast(x)
+    name, place = str(made.target), FILLED.get(str(made.target))
+    if name == CONSTANT_COPY:
+        kept = made.args[0]
+        held = getattr(kept.graph.owning_module, str(kept.target), None) if kept.op == "get_attr" else None
+        return type(held) is torch.Tensor and held.numel() == 1 and held.item() == 0
+    return name in readings.ZEROS or (place is not None and _is_zero(made.args[place]))
 
 
 def _exp_over_one_plus_exp(term: Term) -> Iterator[Term]:

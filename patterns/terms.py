@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.patterns import readings
+from fxfuse.patterns.ops import CONSTANT_COPY
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,18 @@ def _is_broadcast(node: Node) -> bool:
         return False
     lead = zip(value.shape[: value.dim() - before.dim()], value.stride(), strict=False)
     return all(statically_known_true(size == 1) or stride == 0 for size, stride in lead)
+
+
+def sole_sources(term: Term) -> Iterator[Node]:
+    """Each value from which alone a term is computed, constants aside; the nearest first."""
+    waiting = {term} if isinstance(term, Node) else set[Node]()
+    while waiting and all(node.op == "call_function" for node in waiting):
+        last = max(waiting)
+        waiting.remove(last)
+        read = () if str(last.target) == CONSTANT_COPY else last.all_input_nodes
+        waiting.update(node for node in read if isinstance(node.meta.get("val"), (torch.Tensor, list, tuple)))
+        if len(waiting) == 1:
+            yield from waiting
 
 
 def before_exact_casts(node: Node) -> Node:

@@ -359,3 +359,25 @@ def test_sizes_whose_products_are_equal_are_drawn_so(gate: Callable[[Tensor], Te
         for sizes, others in (((2, 3), (2, 3)), ((4, 7), (7, 4)), ((6, 2), (3, 4))):
             given = torch.randn(*sizes, 2, 16), torch.randn(*others, 2, 16)
             torch.testing.assert_close(found.graph_module(*given), module(*given))
+
+
+@pytest.mark.parametrize("sizes", [(2, 3), (1, 4), (3, 2)])
+def test_sizes_that_go_together_with_a_number_are_drawn_so(sizes: tuple[int, int]) -> None:
+    """A weight of 32 columns says that one input has 2 heads, and nothing of the other's sizes."""
+
+    class Flat(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.out = nn.Parameter(torch.rand(16) + 1), nn.Linear(32, 3)
+
+        def forward(self, x: Tensor, z: Tensor) -> Tensor:
+            y, z = (t.reshape(-1, 16) for t in (x, z))
+            y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight * F.silu(z)
+            return self.out(y.reshape(*x.shape[:2], -1))
+
+    module = Flat()
+    with torch.no_grad():
+        found = rewrite(module, torch.randn(2, *sizes, 2, 16).unbind(), target="cuda", dynamic=True)
+        assert "gated_rms_norm" in rules(found), found.report.misses
+        given = torch.randn(2, sizes[0], 7, 2, 16).unbind()
+        torch.testing.assert_close(found.graph_module(*given), module(*given))

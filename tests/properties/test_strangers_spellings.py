@@ -143,6 +143,12 @@ LATE_DIMENSIONS: dict[str, Callable[[Any, Tensor], Any]] = {
     "of a quotient": lambda m, x: (
         x * torch.rsqrt((x.square().sum(-1) / x.shape[-1]).unsqueeze(-1) + EPS) * m.w
     ),
+    "of a product with 1 / n": lambda m, x: (
+        x * torch.rsqrt((x.square().sum(-1) * (1.0 / x.shape[-1])).unsqueeze(-1) + EPS) * m.w
+    ),
+    "of a product with n to the power of -1": lambda m, x: (
+        x * torch.rsqrt((torch.sum(x * x, -1) * x.shape[-1] ** -1)[..., None] + EPS) * m.w
+    ),
     "of the inverse root": lambda m, x: x * torch.rsqrt(x.pow(2).mean(-1) + EPS)[..., None] * (1 + m.w),
     "of a root, viewed": lambda m, x: m.w * x / (x.norm(dim=-1) ** 2 / H + EPS).sqrt().view(*x.shape[:-1], 1),
     "of a vector_norm": lambda m, x: (
@@ -346,6 +352,11 @@ def by_half_tables(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s], dim=-1)
 
 
+def stacked_halves(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    (a, b), c, s = y.chunk(2, -1), c[..., : D // 2], s[..., : D // 2]
+    return torch.stack([a * c - b * s, a * s + b * c], dim=-2).flatten(-2)
+
+
 def by_signs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     signs = torch.tensor([-1.0] * (D // 2) + [1.0] * (D // 2))
     return y * c + torch.cat([y[..., D // 2 :], y[..., : D // 2]], -1) * signs * s
@@ -355,6 +366,48 @@ def as_complex_numbers(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
     half = D // 2
     y = torch.complex(y[..., :half], y[..., half:]) * torch.complex(c[..., :half], s[..., :half])
     return torch.cat([y.real, y.imag], dim=-1)
+
+
+def halves_of(z: Tensor) -> Tensor:
+    return torch.cat([z.real, z.imag], dim=-1)
+
+
+def as_viewed_numbers(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z = torch.view_as_complex(y.unflatten(-1, (2, half)).transpose(-1, -2).contiguous())
+    z = z * torch.complex(c[..., :half], s[..., :half])
+    return torch.view_as_real(z).mT.flatten(-2)
+
+
+def as_viewed_pairs(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z = torch.view_as_complex(torch.stack(y.chunk(2, -1), dim=-1))
+    e = torch.view_as_complex(torch.stack([c[..., :half], s[..., :half]], dim=-1))
+    return torch.cat(torch.view_as_real(z * e).unbind(-1), dim=-1)
+
+
+def by_a_conjugate(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    e = torch.complex(c[..., :half], -s[..., :half]).conj()
+    return halves_of(torch.complex(y[..., :half], y[..., half:]) * e)
+
+
+def between_conjugates(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of((z.conj() * e.conj()).conj())
+
+
+def the_other_way(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of(z * e.conj())
+
+
+def of_the_conjugate(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
+    half = D // 2
+    z, e = torch.complex(y[..., :half], y[..., half:]), torch.complex(c[..., :half], s[..., :half])
+    return halves_of(z.conj() * e)
 
 
 def first_half_into_a_clone(y: Tensor, c: Tensor, s: Tensor) -> Tensor:
@@ -375,6 +428,11 @@ def in_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.unflatten(1, (1, 2))
     p = (torch.einsum("bngqd,bnkd->bngqk", q, k) * D**-0.5).softmax(-1)
     return torch.einsum("bngqk,bnkd->bngqd", p, v).flatten(1, 2)
+
+
+def in_reshaped_groups(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    p = (torch.einsum("bngqd,bnkd->bngqk", q.reshape(B, 1, 2, T, D), k) * D**-0.5).softmax(-1)
+    return torch.einsum("bngqk,bnkd->bngqd", p, v).reshape(B, 2, T, D)
 
 
 def attention_by_hand(m: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -404,9 +462,21 @@ ATTENTIONS: dict[str, Callable[..., Any]] = {
     "rotate_half into empty memory": attention(turn=filled),
     "rotate_half by a matrix": attention(turn=by_a_matrix),
     "complex numbers": attention(rotate=as_complex_numbers),
+    "memory as complex numbers": attention(rotate=as_viewed_numbers),
+    "stacked pairs as complex numbers": attention(rotate=as_viewed_pairs),
+    "a conjugate": attention(rotate=by_a_conjugate),
+    "complex numbers between conjugates": attention(rotate=between_conjugates),
     "the first half, into a clone": attention(rotate=first_half_into_a_clone),
     "the first half, by wider tables": attention(rotate=first_half_by_wider_tables),
     "groups of heads, by einsum": attention(repeat=lambda k: k, attend=in_groups),
+    "groups of heads whose halves were stacked": attention(
+        rotate=stacked_halves, repeat=lambda k: k, attend=in_reshaped_groups
+    ),
+    "norms by a linear of ones": attention(
+        norm=lambda y, w: (
+            y * torch.rsqrt(F.linear(y.square(), torch.ones(1, y.shape[-1])) / D + EPS) * (1 + w)
+        )
+    ),
     "norms with plain weights": attention(
         norm=lambda y, w: y * torch.rsqrt(y.pow(2).mean(-1, True) + EPS) * w
     ),
@@ -421,7 +491,7 @@ def gates(
     def compute(m: Any, x: Tensor) -> Any:
         g = decay(m.A_log.float().exp(), softplus(F.linear(x, m.wa).float() + m.dt_bias))
         beta = rate(F.linear(x, m.wb))
-        q = F.linear(x, m.wq).view(B, T, 2, D)
+        q = F.linear(x, m.wq).unflatten(-1, (2, D))
         return torch.ops.fxfuse.chunk_gated_delta_rule(q, q, q, g, beta, None, True)
 
     return compute
@@ -459,6 +529,12 @@ GDN_GATES |= {
         "a * (a > 0)": lambda a: a * (a > 0),
         "(a >= 0) as a number, times a": lambda a: (a >= 0).to(a.dtype) * a,
         "a where it is positive, else 0": lambda a: torch.where(a > 0, a, 0.0),
+        "0 where a is negative": lambda a: torch.where(a < 0, torch.zeros(()), a),
+        "masked_fill": lambda a: a.masked_fill(a < 0, 0),
+        "half of a + |a|": lambda a: (a + a.abs()) / 2,
+        "threshold": lambda a: F.threshold(a, 0, 0),
+        "minimum of negatives": lambda a: -torch.minimum(-a, torch.zeros_like(a)),
+        "a less its negative part": lambda a: a - a.clamp(max=0),
     }.items()
 }
 GDN_GATES |= {
@@ -471,6 +547,18 @@ GDN_GATES |= {
     ),
     "relu + softplus": gates(lambda a: a.relu() + F.softplus(-a.abs())),
     "relu - logsigmoid": gates(lambda a: a.relu() - F.logsigmoid(a.abs())),
+    "logsumexp with zeros": gates(lambda a: torch.logsumexp(torch.stack([a, torch.zeros_like(a)]), 0)),
+    "logsumexp along the last dimension": gates(
+        lambda a: torch.logsumexp(torch.cat([a[..., None], a.new_zeros(*a.shape, 1)], -1), -1)
+    ),
+    "-log(sigmoid(-a))": gates(lambda a: -torch.log(torch.sigmoid(-a))),
+    "log of the inverse sigmoid": gates(lambda a: torch.log(1 / torch.sigmoid(-a))),
+    "log(sigmoid(-a)) times the speed": gates(
+        lambda a: torch.sigmoid(-a).log(), decay=lambda speed, time: speed * time
+    ),
+    "the least of a and -a": gates(lambda a: a.clamp(min=0) + torch.minimum(a, -a).exp().log1p()),
+    "expm1": gates(lambda a: torch.log(torch.expm1(a) + 2)),
+    "to the base of 2": gates(lambda a: torch.log2(1 + torch.exp2(a / math.log(2))) * math.log(2)),
     "relu + log(1 + exp)": gates(lambda a: a.relu() + torch.log(1 + torch.exp(-a.abs()))),
 }
 
@@ -663,10 +751,27 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
         "gdn_gates",
         gates(lambda a: torch.where(a > 20.0, a, a.clamp(max=2.0).exp().log1p())),
     ),
+    **{
+        f"softplus {name}": ("gdn_gates", gates(softplus))
+        for name, softplus in {
+            "that is linear from ten on": lambda a: torch.where(a > 10.0, a, a.exp().log1p()),
+            "that F.softplus has linear from ten on": lambda a: F.softplus(a, 1.0, 10.0),
+            "with another threshold": lambda a: F.threshold(a, 0.1, 0) + (-a.abs()).exp().log1p(),
+            "with another value below zero": lambda a: a.masked_fill(a < 0, 0.01) + (-a.abs()).exp().log1p(),
+            "with a third of a + |a|": lambda a: (a + a.abs()) / 3 + (-a.abs()).exp().log1p(),
+            "of what is bounded": lambda a: F.softplus(a.clamp(max=12.0)),
+            "of a sum with one": lambda a: torch.logsumexp(torch.stack([a, torch.ones_like(a)]), 0),
+            "of neighbours": lambda a: torch.logsumexp(torch.stack([a, a.flip(-1)]), 0),
+            "of twice as much": lambda a: -torch.log(torch.sigmoid(-2 * a)),
+            "with the other sign": lambda a: torch.log(torch.sigmoid(-a)),
+        }.items()
+    },
     "softplus where it is larger than one": (
         "gdn_gates",
         gates(lambda a: a * (a > 1) + (-a.abs()).exp().log1p()),
     ),
+    "a rotation the other way": ("qk_norm_rope_gate", attention(rotate=the_other_way)),
+    "a rotation of the conjugate": ("qk_norm_rope_gate", attention(rotate=of_the_conjugate)),
     "a rotation of pairs side by side": ("qk_norm_rope_gate", attention(turn=pairs_side_by_side)),
     "a linear as a sum of products is no matrix product": (
         "same_input_linears",
@@ -700,6 +805,25 @@ def test_what_is_left_alone_on_purpose(why: str) -> None:
     assert rewritten.report.matched == 0
 
 
+@pytest.mark.parametrize(
+    ("softplus", "expected"),
+    [
+        (lambda a: torch.where(a > 20.0, a, a.exp().log1p()), 1),
+        (lambda a: torch.where(a > 12.0, a, a.exp().log1p()), 0),
+        (lambda a: F.softplus(a, 1.0, 11.0), 0),
+        (lambda a: F.softplus(a) + 1e-3 * torch.exp(-4 * (a - 7).square()), 0),
+    ],
+)
+def test_a_softplus_of_few_heads_is_looked_at_everywhere(
+    softplus: Callable[[Tensor], Tensor], expected: int
+) -> None:
+    """Two random values in a trial would not meet the one place where it is another function."""
+    module, given = Block(gates(softplus)), normal((1, 1, H))
+    rewritten = rewrite(module, given, passes=("gdn_gates",), dynamic=False)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == expected, rewritten.report.misses
+
+
 @pytest.mark.parametrize("name", LATE_DIMENSIONS)
 @pytest.mark.parametrize("sizes", [(B, T), (1, 1)])
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -708,6 +832,14 @@ def test_a_root_mean_square_whose_dimension_comes_late(
 ) -> None:
     module, given = Block(LATE_DIMENSIONS[name]), two(*sizes, H)[:1]
     rewritten = rewrite(module, given, passes=("rms_norm",), dynamic=dynamic)
+    assert difference(module, rewritten.graph_module, given, exact=False) is None
+    assert rewritten.report.matched == 1
+
+
+@pytest.mark.parametrize("name", ["a linear of equal weights", "a product with ones", "numbers as tensors"])
+def test_a_root_mean_square_by_weights_of_a_size_that_the_trace_has_found(name: str) -> None:
+    module, given = Block(NORMS[name]), hidden()
+    rewritten = rewrite(module, given, passes=("rms_norm",), dynamic=True)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 1
 
@@ -841,12 +973,12 @@ def test_rows_written_by_an_index_are_a_cache_of_the_prologue() -> None:
 
 CACHES: dict[str, Callable[..., Any]] = {
     "a part of it is assigned": lambda cache, k, p, dim: (
-        cache.narrow(dim, 2, T).copy_(k),
+        cache.narrow(dim, 2, k.shape[dim]).copy_(k),
         cache,
     ),
     "a part of it is assigned, and its start read": lambda cache, k, p, dim: (
-        cache.narrow(dim, 2, T).copy_(k),
-        cache.narrow(dim, 0, T + 2),
+        cache.narrow(dim, 2, k.shape[dim]).copy_(k),
+        cache.narrow(dim, 0, k.shape[dim] + 2),
     ),
     "index_copy_": lambda cache, k, p, dim: (cache.index_copy_(dim, p, k),) * 2,
     "scatter_": lambda cache, k, p, dim: (
@@ -858,7 +990,7 @@ CACHES: dict[str, Callable[..., Any]] = {
 
 def with_caches(write: Callable[..., Any], tokens_first: bool, joined: bool = False) -> Callable[..., Any]:
     def compute(m: Any, x: Tensor, cos: Tensor, sin: Tensor, keys: Tensor, values: Tensor, p: Tensor) -> Any:
-        q, k, v = (F.linear(x, w).view(B, T, -1, D) for w in (m.wq, m.wk, m.wv))
+        q, k, v = (F.linear(x, w).unflatten(-1, (-1, D)) for w in (m.wq, m.wk, m.wv))
         c, s = cos[:, None], sin[:, None]
         q, k = (y * c + rotate_cat(y) * s for y in (q, k))
         k, v = (y if tokens_first else y.transpose(1, 2) for y in (k, v))
@@ -907,10 +1039,11 @@ def test_a_value_may_be_projected_last(read: bool) -> None:
 
 @pytest.mark.parametrize("name", CACHES)
 @pytest.mark.parametrize("tokens_first", [False, True])
-def test_caches_of_the_prologue(name: str, tokens_first: bool) -> None:
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_caches_of_the_prologue(name: str, tokens_first: bool, dynamic: bool) -> None:
     joined = name == "appended to"
     module, given = Block(with_caches(CACHES[name], tokens_first, joined)), given_caches(tokens_first)
-    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=False)
+    rewritten = rewrite(module, given, passes=("qk_norm_rope_gate",), dynamic=dynamic)
     assert difference(module, rewritten.graph_module, given, exact=False) is None
     assert rewritten.report.matched == 1, rewritten.report.misses
     (match,) = rewritten.report.graphs[0].outcomes["qk_norm_rope_gate"].matches
