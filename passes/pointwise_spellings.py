@@ -140,18 +140,18 @@ def _batched(operands: Any, names: tuple[str, str], result: str, own: list[str])
 
 def _gated_halves(node: Node) -> _Reading | None:
     """glu(cat([a, b])) = a · sigmoid(b), rounded once."""
-    cat, dim = (*node.args, -1)[:2]
-    if not isinstance(cat, Node) or str(cat.target) != ops.CAT or cat.kwargs:
+    joined, dim = (*node.args, -1)[:2]
+    found = _doubled(joined) or _cat(joined)
+    if found is None:
         return None
-    given: tuple[Any, ...] = (*cat.args, 0)
-    parts, along = given[:2]
-    values, dims = [value_of(part) for part in parts], node.meta["val"].dim()  # type: ignore[union-attr]
+    needless, parts, along = found
+    values, dims = [value_of(part) for part in parts], node.meta["val"].dim()
     if len(values) != 2 or dim % dims != along % dims or not equal_sizes(values[0].shape, values[1].shape):  # type: ignore[operator, union-attr]
         return None
     dtype = node.meta["val"].dtype
     if any(value.dtype != dtype for value in values):  # type: ignore[union-attr]
         return None
-    a, b = parts  # type: ignore[misc]
+    a, b = parts
 
     def write(new: Any) -> tuple[Any, tuple[Any, ...]]:
         if a is b:
@@ -161,7 +161,31 @@ def _gated_halves(node: Node) -> _Reading | None:
         wide = [new(_aten.to.dtype, x, torch.float32) for x in (a, b)]
         return _aten.to.dtype, (new(_aten.mul.Tensor, wide[0], new(_aten.sigmoid.default, wide[1])), dtype)
 
-    return _Reading((cat,), (a, b), write)
+    return _Reading(needless, (a, b), write)
+
+
+def _cat(node: Any) -> tuple[tuple[Node, ...], Any, int] | None:
+    """The call, the tensors that it joins, and along which dimension."""
+    if not isinstance(node, Node) or str(node.target) != ops.CAT or node.kwargs:
+        return None
+    given: tuple[Any, ...] = (*node.args, 0)
+    return (node,), given[0], given[1]
+
+
+def _doubled(node: Any) -> tuple[tuple[Node, ...], Any, int] | None:
+    """flatten(expand(unsqueeze(x, -2), [-1, …, 2, -1]), -2) = cat([x, x], -1)"""
+    calls, x = [], node
+    for targets in (ops.RESHAPES | {ops.FLATTEN}, {ops.EXPAND}, {ops.UNSQUEEZE}):
+        if not isinstance(x, Node) or str(x.target) not in targets or x.kwargs:
+            return None
+        calls.append(x)
+        x = x.args[0]
+    shapes = [value_of(n).shape for n in (*calls, x)]  # type: ignore[union-attr]
+    *rows, size = shapes[-1]
+    wanted = [*rows, 2 * size], [*rows, 2, size], [*rows, 1, size]
+    if not all(map(equal_sizes, shapes, wanted)):
+        return None
+    return tuple(calls), (x, x), -1
 
 
 def _unsigned(x: Any) -> Node | None:

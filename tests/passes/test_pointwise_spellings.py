@@ -58,6 +58,11 @@ PLAIN: dict[str, tuple[Compute, str, str]] = {
     ),
     "columns": (lambda x, r: torch.einsum("bts,bsd->btd", x @ x.mT, x) + 1, "aten.einsum", "aten.matmul"),
     "glu of one": (lambda x, r: F.glu(torch.cat([x, x], -1)).round(), "aten.glu", "aten.silu"),
+    "glu of one twice": (
+        lambda x, r: F.glu(x[..., None, :].expand(2, 3, 2, 4).flatten(-2)).round(),
+        "aten.glu",
+        "aten.silu",
+    ),
     "glu of two": (lambda x, r: F.glu(torch.cat([x, x + 1], 1), 1).round(), "aten.glu", "aten.sigmoid"),
     "signs": (lambda x, r: -(-x * r[..., None]) + 1, "aten.neg", "aten.mul"),
     "signs of a quotient": (lambda x, r: -(x / -(x + 9)), "aten.neg", "aten.div"),
@@ -96,6 +101,14 @@ OTHERS: dict[str, tuple[Compute, str]] = {
     "two sums": (lambda x, r: torch.einsum("btd,btd->b", x, x) + 1, "aten.einsum"),
     "one for all of the batch": (lambda x, r: torch.einsum("btd,bsd->bts", x, x[:1]) + 1, "aten.einsum"),
     "glu of halves of another dimension": (lambda x, r: F.glu(torch.cat([x, x], 0)).round(), "aten.glu"),
+    "glu of one next to itself": (
+        lambda x, r: F.glu(x[..., None].expand(2, 3, 4, 2).flatten(-2)).round(),
+        "aten.glu",
+    ),
+    "glu of one four times": (
+        lambda x, r: F.glu(x[..., None, :].expand(2, 3, 4, 4).flatten(-2)).round(),
+        "aten.glu",
+    ),
     "glu of unequal parts": (
         lambda x, r: F.glu(torch.cat([x[..., :1], x, x[..., :1]], -1)).round(),
         "aten.glu",
