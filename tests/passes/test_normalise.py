@@ -491,6 +491,17 @@ def test_a_view_of_written_memory_stays_a_view_whatever_a_pass_does_to_its_layou
     assert "aten.view.default" in calls and "aten.reshape.default" not in calls
 
 
+def test_a_copy_that_turns_rows_stays_before_a_view_that_is_written(rewrite_equal: Any) -> None:
+    """A view of what is computed from it would have no strides to be one."""
+
+    def compute(x: Tensor) -> Tensor:
+        y = torch.cat([x.mT]) * 2
+        y.view(-1).mul_(2)
+        return y @ torch.ones(x.shape[1], 2)
+
+    assert "aten.clone.default" in normal(rewrite_equal, compute, X)
+
+
 def test_a_write_into_a_cache_through_views_is_not_lost(rewrite_equal: Any) -> None:
     class Cached(Calls):
         def forward(self, *inputs: Any) -> Any:
