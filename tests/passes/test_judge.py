@@ -33,6 +33,16 @@ LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
     "sign": lambda x: x * (1 + torch.sign(1e3 - x)) / 2,
     "leaky_relu": lambda x: 1e3 - F.leaky_relu(1e3 - x, 0.5),
     "elu": lambda x: 1e3 - F.elu(1e3 - x),
+    # In front of a value for which the trials are too small these are 0 throughout.
+    "relu beyond": lambda x: x - F.relu(x - 1e3),
+    "clamp beyond": lambda x: x - (x - 1e3).clamp(min=0),
+    "clamp of two beyond": lambda x: x - (x - 1e3).clamp(0, 1e5),
+    "clamp_min beyond": lambda x: x - (x - 1e3).clamp_min(0),
+    "clamp_max beyond": lambda x: x + (1e3 - x).clamp_max(0),
+    "threshold beyond": lambda x: x - F.threshold(x - 1e3, 0, 0),
+    "maximum beyond": lambda x: x - torch.maximum(x - 1e3, torch.zeros(())),
+    "leaky_relu beyond": lambda x: x - F.leaky_relu(x - 1e3, 0.0),
+    "abs beyond": lambda x: x - ((x - 1e3).abs() + (x - 1e3)) / 2,
 }
 
 
