@@ -4,8 +4,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable
 
-# Runs of layer numbers that a table spells out; of more, the first two and the last.
-MOST_SPANS = 4
+from fxfuse.passes.ranges import ranges
 
 
 def grouped(places: Iterable[str]) -> list[str]:
@@ -26,13 +25,5 @@ def grouped_as(pattern: str, places: Iterable[str]) -> str:
     if pattern.count("*") != 1:
         return pattern
     head, tail = pattern.split("*")
-    numbers = sorted({int(place[len(head) : len(place) - len(tail)]) for place in places})
-    spans: list[list[int]] = []
-    for number in numbers:
-        if spans and spans[-1][-1] == number - 1:
-            spans[-1].append(number)
-        else:
-            spans.append([number])
-    parts = [str(s[0]) if len(s) == 1 else f"{s[0]}..{s[-1]}" for s in spans]
-    text = ",".join(parts if len(parts) <= MOST_SPANS else [*parts[:2], "…", parts[-1]])
-    return f"{head}{{{text}}}{tail}" if len(numbers) > 1 else f"{head}{text}{tail}"
+    numbers = {int(place[len(head) : len(place) - len(tail)]) for place in places}
+    return f"{head}{ranges(numbers, shortened=True)}{tail}"

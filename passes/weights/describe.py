@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable, Sequence
 
+from fxfuse.passes.ranges import ranges
 from fxfuse.passes.weights.row_map import RowMap
 from fxfuse.passes.weights.tensor_spec import TensorSpec
 
@@ -19,19 +20,7 @@ def describe_transforms(transforms: Iterable[tuple[TensorSpec, Sequence[RowMap]]
         kind = [part.replace(own, ".{}.") if own else part for part in line]
         kinds.setdefault((kind[0], "".join(kind[1:])), []).append(int(index[0]) if index else -1)
     return [
-        target.replace("{}", _ranges(sorted(layers)))
+        target.replace("{}", ranges(layers))
         + rows.replace(".{}.", ".*." if len(layers) > 1 else f".{layers[0]}.")
         for (target, rows), layers in kinds.items()
     ]
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 4] as "{0..2,4}", a single number without braces."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and runs[-1][-1] == number - 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
-    text = ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}..{run[-1]}" for run in runs)
-    return f"{{{text}}}" if len(numbers) > 1 else text
