@@ -74,7 +74,9 @@ def _replace(program: Program, conv: Node, padding: int, after: Sequence[Node]) 
         with graph.inserting_before(node):
             y = regions.call(program, node, node.target, y, *others)
             y.kwargs = node.kwargs
-    (after[-1] if after else conv).replace_all_uses_with(y)
+    last = after[-1] if after else conv
+    y.meta["val"] = last.meta["val"]  # which the next convolution may read
+    last.replace_all_uses_with(y)
     regions.erase(program, (conv, *after))
 
 

@@ -211,5 +211,6 @@ def _replace_product(program: Program, product: Node, shared: Shared) -> None:
         new = call(program, product, aten.matmul.default, rows, source)
         new = call(program, product, aten.flatten.using_ints, new, 1, 2)
         new = call(program, product, aten.unsqueeze.default, new, 2)
+    new.meta["val"] = product.meta["val"]  # which the next product may read
     product.replace_all_uses_with(new)
     erase(program, [*shared.region, *([other] if plain is not None else []), product])  # type: ignore[list-item]

@@ -251,3 +251,13 @@ def test_on_another_device_the_convolution_stays() -> None:
     x = torch.ones(1, 6, 9, device="meta")
     program = traced(conv, dict(conv.named_parameters()), [x], Options())
     assert depthwise_convs.run(program).matches == []
+
+
+def test_a_convolution_of_a_convolution_is_rewritten_too(rewrite_equal: Any) -> None:
+    class Twice(nn.Module):
+        def forward(self, x: Tensor, w: Tensor) -> Tensor:
+            once = torch.conv1d(F.pad(x, (2, 0)), w, groups=4)
+            return torch.conv1d(once, w, groups=4) * 2
+
+    inputs = [integer_tensor((2, 4, 9), 0), integer_tensor((4, 1, 3), 1)]
+    assert len(matches(rewrite_equal(Twice(), inputs, passes=PASS))) == 2
