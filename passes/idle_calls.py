@@ -22,9 +22,9 @@ from fxfuse.passes.program import Program
 from fxfuse.passes.storage_writes import (
     StorageWrites,
     equal_sizes,
-    is_contiguous,
     layout_matters,
     layout_shows,
+    lies_in_rows,
     storage_of,
     written_by,
 )
@@ -54,7 +54,7 @@ def fold_idle_calls(program: Program) -> None:
         read: Node = node.args[0] if twice else node  # type: ignore[assignment]
         if writes.is_written(node) or (twice and (writes.is_written(read) or backward.stops_at(read))):
             continue
-        if anew and not twice and is_contiguous(node.meta["val"]):
+        if anew and not twice and lies_in_rows(node.meta["val"]):
             node.target, node.args = torch.ops.aten.clone.default, (source,)
             node.kwargs = {"memory_format": torch.contiguous_format}
         later = writes.version(source, read) != writes.version(source, output)

@@ -30,7 +30,10 @@ def drop_known_metadata(program: Program) -> None:
 
 
 def spell_groups(program: Program) -> None:
-    """conv1d(x, w, groups=n) -> conv1d(x, w, groups=24) where w has 24 rows: a guard, as Inductor adds."""
+    """conv1d(x, w, groups=n) -> conv1d(x, w, groups=24) where w has 24 rows: a guard, as Inductor adds.
+
+    What rewrite() returns raises for another number of channels.
+    """
     for node in program.calls(CONV1D):
         weight, groups = value_of(node.args[1]), (*node.args[6:], 1)[0]
         size = groups.meta.get("val") if isinstance(groups, Node) else None

@@ -16,29 +16,19 @@ PAIR_OVERLOADS = frozenset(["aten.min.other", "aten.max.other"])
 LIMITS = frozenset(
     {"clamp_min", "clamp_max", "relu", "threshold", "nan_to_num", "softshrink", "hardshrink"}
     | {"fmod", "remainder", "leaky_relu", "rrelu", "prelu", "elu", "celu", "selu"}
-    | {"abs", "absolute"}
 )
+ROUNDINGS = frozenset(["trunc", "fix", "round", "floor", "ceil", "div", "divide", "floor_divide"])
 EXTREMES = frozenset(["amin", "amax"])  # over a dimension
 CHOICES = {"where": 0, "masked_fill": 1}  # by the argument of that number
 COMPARISONS = frozenset(
     {"gt", "ge", "lt", "le", "eq", "ne", "greater", "greater_equal", "less", "less_equal", "not_equal"}
     | {"isnan", "isinf", "isfinite", "isposinf", "isneginf", "signbit", "isclose"}
 )
-# Of these, what they do where they act, which may be throughout.
-_THROUGHOUT: dict[str, tuple[Callable[..., Tensor], ...]] = {
-    "relu": (torch.zeros_like,),
-    "clamp_min": (lambda x, min: torch.zeros_like(x) + min,),
-    "clamp_max": (lambda x, max: torch.zeros_like(x) + max,),
-    "threshold": (lambda x, threshold, value: torch.full_like(x, value),),
-    "leaky_relu": (lambda x, negative_slope=0.01: x * negative_slope,),
-    "abs": (torch.neg,),
-    "absolute": (torch.neg,),
-}
 SIGNS = {"sign": (-1.0, 1.0), "sgn": (-1.0, 1.0), "heaviside": (0.0, 1.0)}
 # Operators that do the same to all values, or move them. What is on no list is tried at other magnitudes.
 _STEADY = """
     add sub subtract rsub mul multiply div divide true_divide neg negative pow square sqrt rsqrt
-    reciprocal exp exp2 expm1 log log1p log2 sigmoid special_expit tanh silu gelu mish
+    reciprocal exp exp2 expm1 log log1p log2 abs absolute sigmoid special_expit tanh silu gelu mish
     softplus log_sigmoid logaddexp sin cos erf lerp addcmul addcdiv float_power special_log1p sum mean
     cumsum matmul mm bmm mv dot vdot inner outer addmm addbmm baddbmm addmv linear einsum tensordot
     linalg_vecdot conv1d convolution softmax log_softmax logsumexp norm linalg_vector_norm var std
@@ -105,7 +95,9 @@ def left_out(node: Node) -> list[LeftOut]:
         return [LeftOut(node, _exact_softplus)]
     if name in EXTREMES:
         return [LeftOut(node, _some_of_it)]
-    if name in LIMITS and not node.args[0].meta["val"].is_complex():  # type: ignore[union-attr]
+    if name in ROUNDINGS and (not name.startswith("div") or node.kwargs.get("rounding_mode")):
+        return [LeftOut(node, _nothing)]
+    if name in LIMITS:
         return [LeftOut(node, way) for way in (_as_it_is, *_THROUGHOUT.get(name, ()))]
     if name in SIGNS:
         return [LeftOut(node, outcome=outcome) for outcome in SIGNS[name]]
@@ -140,6 +132,11 @@ def _without_most(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tens
     return x if min is None else x.clamp(min=min)
 
 
+def _nothing(x: Any, *others: Any, **_: Any) -> Tensor:
+    """What is left of small numbers that are rounded."""
+    return sum((other * 0 for other in others), x * 0)  # type: ignore[no-any-return]
+
+
 def _bound(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
     return torch.zeros_like(x) + (max if min is None else min)
 
@@ -150,6 +147,16 @@ def _least(x: Tensor, min: Any = -1, max: Any = 1, **_: Any) -> Tensor:
 
 def _most(x: Tensor, min: Any = -1, max: Any = 1, **_: Any) -> Tensor:
     return torch.zeros_like(x) + max
+
+
+# Of those with one limit, what they do where they act, which may be throughout.
+_THROUGHOUT: dict[str, tuple[Callable[..., Tensor], ...]] = {
+    "relu": (torch.zeros_like,),
+    "clamp_min": (_bound,),
+    "clamp_max": (_bound,),
+    "threshold": (lambda x, threshold, value: torch.full_like(x, value),),
+    "leaky_relu": (lambda x, negative_slope=0.01: x * negative_slope,),
+}
 
 
 def _first(x: Tensor, other: Tensor) -> Tensor:

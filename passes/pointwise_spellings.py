@@ -17,7 +17,7 @@ from fxfuse.passes.linear_spellings import equation_of, value_of
 from fxfuse.passes.modes import modes, switches_autocast
 from fxfuse.passes.program import Program
 from fxfuse.passes.regions import call
-from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, is_contiguous, layout_shows, storage_of
+from fxfuse.passes.storage_writes import StorageWrites, equal_sizes, layout_shows, lies_in_rows, storage_of
 from fxfuse.patterns import ops
 
 _aten = torch.ops.aten
@@ -56,16 +56,17 @@ def spell_pointwise(program: Program) -> None:
             continue
         if any(backward.misses_copy(x, writes) for x in operands):
             continue
-        ordered = storage_of(node) in shown and not all(is_contiguous(x.meta["val"]) for x in operands)
-        if storage_of(node) in shown and not is_contiguous(node.meta["val"]):
+        ordered = storage_of(node) in shown and not all(lies_in_rows(x.meta["val"]) for x in operands)
+        if storage_of(node) in shown and not lies_in_rows(node.meta["val"]):
             continue
         with program.graph.inserting_before(node):
             new = partial(call, program, node)
             target, args = reading.write(new)
+            node.kwargs = {}
             if ordered:
-                target, args = _aten.contiguous.default, (new(target, *args),)
+                target, args = _aten.clone.default, (new(target, *args),)
+                node.kwargs = {"memory_format": torch.contiguous_format}
             node.target, node.args = target, args
-        node.kwargs = {}
         changed.append(node)
     program.refresh(changed)  # not before: the next may read their sizes
 

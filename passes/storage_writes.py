@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator, OpOverload
+from torch._prims_common import make_contiguous_strides_for
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
@@ -65,6 +66,11 @@ def is_idle_view(node: Node) -> bool:
     """Whether a view shows its input as it is, as a permutation into the same order does."""
     source = node.args[0] if str(node.target) in ops.VIEWS else None
     return isinstance(source, Node) and same_memory(node, source)
+
+
+def lies_in_rows(value: Any) -> bool:
+    """Whether it has the strides of fresh memory of its sizes, those of single elements included."""
+    return equal_sizes(value.stride(), make_contiguous_strides_for(value.shape))
 
 
 def is_contiguous(value: Any) -> bool:

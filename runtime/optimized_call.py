@@ -73,18 +73,19 @@ def optimized_call(session: Session, options: Options, dynamic: bool | None) -> 
                 return as_it_was(HOOKS_CHANGE, *args, **kwargs)
             compiled = compiled_for[present] = compiled_call(model, options, dynamic)
         before = _progress(report)
-        try:
-            vary = varying(args, kwargs) if dynamic is None and not _trains(model) else nullcontext()
-            with compiling_for(session), unread_logs.unwritten(), vary:
-                result = compiled(*args, **kwargs)
-        except TorchDynamoException as error:
-            own = raised_on_purpose(error)
-            if own is not None:
-                raise own from None
-            if options.strict or isinstance(error, BackendCompilerFailed) or _progress(report) != before:
-                raise
-            # Nothing has run. If something is wrong with the call itself, that is raised here.
-            return as_it_was(NOT_CAPTURED.format(_first_lines(error)), *args, **kwargs)
+        with compiling_for(session):
+            try:
+                vary = varying(args, kwargs) if dynamic is None and not _trains(model) else nullcontext()
+                with unread_logs.unwritten(), vary:
+                    result = compiled(*args, **kwargs)
+            except TorchDynamoException as error:
+                own = raised_on_purpose(error)
+                if own is not None:
+                    raise own from None
+                if options.strict or isinstance(error, BackendCompilerFailed) or _progress(report) != before:
+                    raise
+                # Nothing has run. If something is wrong with the call itself, that is raised here.
+                return as_it_was(NOT_CAPTURED.format(_first_lines(error)), *args, **kwargs)
         if not report.graphs and not report.failures:
             report.warn(NOTHING_CAPTURED)
         asked = getattr(vars(model).get("_last_compile_config"), "mode", None)

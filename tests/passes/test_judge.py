@@ -42,7 +42,6 @@ LIMITS: dict[str, Callable[[Tensor], Tensor]] = {
     "threshold beyond": lambda x: x - F.threshold(x - 1e3, 0, 0),
     "maximum beyond": lambda x: x - torch.maximum(x - 1e3, torch.zeros(())),
     "leaky_relu beyond": lambda x: x - F.leaky_relu(x - 1e3, 0.0),
-    "abs beyond": lambda x: x - ((x - 1e3).abs() + (x - 1e3)) / 2,
 }
 
 

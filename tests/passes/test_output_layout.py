@@ -200,3 +200,25 @@ def test_a_block_that_is_returned_becomes_a_call_with_the_strides_that_it_had(
         str(n.target).split(".")[1] for n in found.graph_module.graph.nodes if "fxfuse" in str(n.target)
     ]
     assert called == ([operator] if operator is not None else [])
+
+
+ONE_ROW: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "an idle product": lambda a, b: a[::2].t() * 1,
+    "glu of a turned column": lambda a, b: F.glu(torch.cat([a[::2].t(), b], -1), -1),
+    "glu of a doubled one": lambda a, b: F.glu(a[::2].t().unsqueeze(-2).expand(1, 2, 4).flatten(-2), -1),
+    "a sum of a stack": lambda a, b: torch.stack([a[::2].t(), b], 0).sum(0),
+    "a product by einsum": lambda a, b: torch.einsum(
+        "btd,td->btd", a.view(4, 1, 2).transpose(0, 1), b.view(4, 1)
+    ),
+}
+
+
+@pytest.mark.parametrize("compute", ONE_ROW.values(), ids=ONE_ROW)
+def test_strides_of_a_dimension_of_one_stay(compute: Callable[[Tensor, Tensor], Tensor]) -> None:
+    class Module(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return compute(a, b)
+
+    inputs = torch.randn(8, 1), torch.randn(1, 4)
+    got, expected = rewrite(Module(), inputs, dynamic=False).graph_module(*inputs), compute(*inputs)
+    assert got.stride() == expected.stride() and torch.allclose(got, expected)

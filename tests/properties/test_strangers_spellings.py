@@ -747,6 +747,13 @@ LEFT_ALONE: dict[str, tuple[str, Callable[..., Any]]] = {
         "gdn_gates",
         gates(lambda a: torch.maximum(a, torch.full_like(a, 0.1)) + (-a.abs()).exp().log1p()),
     ),
+    "softplus and whole numbers far out": (
+        "gdn_gates",
+        gates(lambda a: F.softplus(a) + torch.div(a, 200, rounding_mode="trunc")),
+    ),
+    "softplus and integers far out": ("gdn_gates", gates(lambda a: F.softplus(a) + (a / 1e7).trunc())),
+    "softplus that ends far out": ("gdn_gates", gates(lambda a: F.softplus(a) * torch.sigmoid(500 - a))),
+    "softplus and an exponential far out": ("gdn_gates", gates(lambda a: F.softplus(a) + (a - 200).exp())),
     "softplus that is bounded below its threshold": (
         "gdn_gates",
         gates(lambda a: torch.where(a > 20.0, a, a.clamp(max=2.0).exp().log1p())),
