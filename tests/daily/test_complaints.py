@@ -24,7 +24,7 @@ from torch._dynamo.utils import counters
 import fxfuse
 from fxfuse.passes import pipeline
 from fxfuse.passes.outcome import Match, Outcome
-from fxfuse.runtime import backend, hooks, live_weights, parts
+from fxfuse.runtime import backend, hooks, live_weights, parts, varying_lengths
 from fxfuse.runtime import optimize as entry
 from fxfuse.runtime.hooks import Hooks
 from fxfuse.runtime.optimize import optimization_report
@@ -93,7 +93,7 @@ def _loses_every_match(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _falls_back_without_a_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "_compiled", lambda graph, *args: graph.forward)
-    monkeypatch.setattr(entry.log, "warning", lambda *args, **kwargs: None)
+    monkeypatch.setattr(backend.log, "warning", lambda *args, **kwargs: None)
 
 
 @pytest.mark.parametrize("regression", [_loses_every_match, _falls_back_without_a_word])
@@ -445,7 +445,7 @@ def test_complaint_6_it_compiled_forever(make_model: Make) -> None:
 
 def test_the_check_of_complaint_6_can_fail(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(entry, "_lengths", lambda args, kwargs: iter(()))
+    monkeypatch.setattr(varying_lengths, "_lengths", lambda args, kwargs: iter(()))
     lengths_are_fixed = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     with pytest.raises(AssertionError, match="graphs for four lengths"), lengths_are_fixed:
         check_that_compiling_ends(make_model)
@@ -514,7 +514,7 @@ def test_complaint_6_it_compiled_forever_measured(make_model: Make) -> None:
 @pytest.mark.inductor
 def test_the_measurement_of_complaint_6_can_fail(make_model: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     torch._dynamo.reset()
-    monkeypatch.setattr(entry, "_lengths", lambda args, kwargs: iter(()))
+    monkeypatch.setattr(varying_lengths, "_lengths", lambda args, kwargs: iter(()))
     lengths_are_fixed = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
     with pytest.raises(AssertionError, match="s for four lengths"), lengths_are_fixed:
         check_that_later_lengths_take_no_time(make_model)
