@@ -137,7 +137,9 @@ _VIEWS = {
 def _joined(program: Program, writes: StorageWrites, node: Node) -> Any:
     """A stack whose new dimension is joined with the next one: the parts side by side, reshaped perhaps."""
     stack: Any = node.args[0]
-    if str(stack.target) != ops.STACK or any(writes.is_written(n) for n in stack.all_input_nodes):
+    if str(stack.target) != ops.STACK:
+        return None
+    if any(writes.version(n, stack) != writes.version(n, node) for n in stack.all_input_nodes):
         return None
     parts, dim = (*stack.args, 0)[:2]
     value, part = node.meta["val"], parts[0].meta["val"]

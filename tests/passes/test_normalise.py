@@ -502,6 +502,20 @@ def test_a_copy_that_turns_rows_stays_before_a_view_that_is_written(rewrite_equa
     assert "aten.clone.default" in normal(rewrite_equal, compute, X)
 
 
+@pytest.mark.parametrize("early", [False, True])
+def test_a_stack_is_a_cat_where_no_part_is_written_in_between(rewrite_equal: Any, early: bool) -> None:
+    def compute(state: Tensor, x: Tensor) -> Tensor:
+        stack = torch.stack([state, x], -2)
+        if early:
+            state.mul_(2)
+        joined = stack.flatten(-2)
+        state.copy_(joined[..., 4:])
+        return joined * 2
+
+    calls = normal(rewrite_equal, compute, X.clone(), integer_tensor((2, 3, 4), seed=1))
+    assert ("aten.cat.default" in calls) is not early
+
+
 def test_a_write_into_a_cache_through_views_is_not_lost(rewrite_equal: Any) -> None:
     class Cached(Calls):
         def forward(self, *inputs: Any) -> Any:
