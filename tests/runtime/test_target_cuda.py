@@ -199,7 +199,7 @@ def test_a_strict_model_is_asked_for_the_same_target(
     make_model: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: dict[str, Any] = {}
-    monkeypatch.setattr("fxfuse.runtime.explain.explain", lambda model, **options: asked.update(options))
+    monkeypatch.setattr("fxfuse.runtime.optimize.explain", lambda model, **options: asked.update(options))
     fxfuse.optimize(make_model(), target="cuda", inner="eager", strict=True)
     assert asked["target"] == "cuda"
     with pytest.raises(fxfuse.OptionError, match="'auto', 'cuda', 'cpu'"):
