@@ -67,7 +67,7 @@ def _is_turn(node: Node) -> bool:
 
 def spell_caches(program: Program, read: Iterable[Node]) -> None:
     """Rewrite in place the caches from which `read` come, keys and values of attention."""
-    positions: dict[tuple[int, str], Node] = {}
+    positions: dict[tuple[Any, ...], Node] = {}
     for node in read:
         origin, turned = origin_of(node)
         if origin.op == "placeholder" and _by_positions(program, origin, 1 if turned else 2, positions):
@@ -81,7 +81,7 @@ def spell_caches(program: Program, read: Iterable[Node]) -> None:
             program.refresh()
 
 
-def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int, str], Node]) -> bool:
+def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[Any, ...], Node]) -> bool:
     """The one copy into consecutive places of an input, as a write at positions, read from then on."""
     writers = writers_of(program.graph).get(storage_of(cache), [])
     write = writers[0] if len(writers) == 1 else None
@@ -98,7 +98,7 @@ def _by_positions(program: Program, cache: Node, dim: int, known: dict[tuple[int
         return False
     aten, (start, size) = torch.ops.aten, part[1:]
     first = next(n for n in program.graph.nodes if n.op not in ("placeholder", "get_attr"))
-    span = (start, str(size))
+    span = (start, str(size), given.device)
     if span not in known:
         length = size_of_inputs(program, size)
         if length is None:

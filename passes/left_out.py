@@ -137,16 +137,17 @@ def _nothing(x: Any, *others: Any, **_: Any) -> Tensor:
     return sum((other * 0 for other in others), x * 0)  # type: ignore[no-any-return]
 
 
-def _bound(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
-    return torch.zeros_like(x) + (max if min is None else min)
-
-
 def _least(x: Tensor, min: Any = -1, max: Any = 1, **_: Any) -> Tensor:
     return torch.zeros_like(x) + min
 
 
 def _most(x: Tensor, min: Any = -1, max: Any = 1, **_: Any) -> Tensor:
     return torch.zeros_like(x) + max
+
+
+def _bound(x: Tensor, min: Any = None, max: Any = None, **_: Any) -> Tensor:
+    """The one that is given."""
+    return _most(x, max=max) if min is None else _least(x, min=min)
 
 
 # Of those with one limit, what they do where they act, which may be throughout.

@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from fxfuse.passes.backward import Backward
 from fxfuse.passes.program import Program
+from fxfuse.passes.regions import call
 from fxfuse.passes.rejoined_parts import rejoined
 from fxfuse.passes.storage_writes import (
     StorageWrites,
@@ -155,6 +156,5 @@ def _joined(program: Program, writes: StorageWrites, node: Node) -> Any:
     if str(node.target) not in ops.RESHAPES or not rows:
         return None
     with program.graph.inserting_before(node):
-        cat = program.graph.call_function(*joined)
-    cat.meta["nn_module_stack"] = node.meta.get("nn_module_stack", {})
+        cat = call(program, node, joined[0], *joined[1])
     return torch.ops.aten.reshape.default, (cat, node.args[1])

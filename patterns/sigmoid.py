@@ -104,7 +104,7 @@ def _exp_over_one_plus_exp(term: Term) -> Iterator[Term]:
     if factors is None or factors[0] != 1.0 or sorted(power for _, power in factors[1]) != [-1.0, 1.0]:
         return
     (above, _), (below, _) = sorted(factors[1], key=lambda part: -part[1])
-    x, y = argument_of("exp", uncast(above)), one_plus_exp(below)
+    x, y = argument_of("exp", uncast(above)), _one_plus_exp(below)
     if x is not None and y is not None and uncast(x) is uncast(y):
         yield x
 
@@ -122,13 +122,13 @@ def _one_over_one_plus_exp(term: Term) -> Iterator[Term]:
     factors = factors_of(term)
     if factors is None or factors[0] != 1.0 or [power for _, power in factors[1]] != [-1.0]:
         return
-    negative = one_plus_exp(factors[1][0][0])
+    negative = _one_plus_exp(factors[1][0][0])
     x = None if negative is None else negated(negative)
     if x is not None:
         yield x
 
 
-def one_plus_exp(term: Term) -> Term | None:
+def _one_plus_exp(term: Term) -> Term | None:
     """The x of 1 + eˣ."""
     addends = addends_of(uncast(term))
     if addends is None or addends[0] != 1.0 or [times for _, times in addends[1]] != [1.0]:

@@ -1,6 +1,7 @@
 """What a guard is there for, each on a graph that would be wrong without it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -225,3 +226,16 @@ def test_gates_of_what_is_written_before_the_rule_reads_them_stay_what_they_were
         torch.testing.assert_close(module(*(x.clone() for x in inputs)), expected, rtol=1e-4, atol=1e-5)
     report = fxfuse.runtime.optimize.optimization_report(module)
     assert (written is None) == any(row.matched for row in report.rows if row.rule == "gdn_gates")
+
+
+def test_a_product_of_repeated_values_reads_one_of_repeated_keys(rewrite_equal: Any) -> None:
+    """Whose place another call has taken by then."""
+
+    class Linear(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            key, value = (x.repeat_interleave(2, 1) for x in (key, value))
+            return query @ key.mT @ value
+
+    inputs = [integer_tensor(shape, seed=1) for shape in ((2, 4, 1, 8), (2, 2, 5, 8), (2, 2, 5, 8))]
+    rewritten = rewrite_equal(Linear(), inputs, passes=("grouped_query_attention",), dynamic=False)
+    assert rewritten.report.matched == 1
